@@ -1,0 +1,139 @@
+"""The delta rule, token by token or in chunks.
+
+Schlag et al. 2021 (https://arxiv.org/abs/2102.11174) write into the matrix
+memory only what it does not yet say:
+
+    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T
+        = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T     S 'b h d e'
+    o_t = S_t^T q_t
+
+In chunks (Yang et al. 2024, Parallelizing Linear Transformers with the Delta
+Rule over Sequence Length, https://arxiv.org/abs/2406.06484): let
+u_t = beta_t (v_t - S_{t-1}^T k_t) be what token t really writes. From the
+state S that enters the chunk, S_{t-1} = S + sum_{j < t} k_j u_j^T, so
+
+    u_t + beta_t sum_{j < t} (k_t . k_j) u_j = beta_t (v_t - S^T k_t)
+
+which is a unit lower triangular system, (I + A) U = diag(beta) (V - K S) with
+A_tj = beta_t k_t . k_j for j < t. Once U is known the chunk is plain linear
+attention with values U:
+
+    O = Q S + tril(Q K^T) U          S' = S + K^T U
+
+Segments divide a chunk into runs, as in `recurrence`: A and tril(Q K^T) stop
+at a run's border, S is seen by run 0 and lives on if there is no other.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxattn.core.recurrence import by_chunk, by_token, runs
+
+
+def recurrent(q, k, v, beta, *, state=None, valid=None, starts=None):
+  """Token by token: the definition, and the step of a decoder.
+
+  Args:
+    q: queries 'b t h d', scaled by the caller.
+    k: keys 'b t h d'. The memory is stable while beta |k|^2 <= 2.
+    v: values 'b t h e'.
+    beta: how much of the error is corrected, 'b t h'.
+    state: what came before, 'b h d e'; None for nothing.
+    valid: bool 'b t'. Where it is False the token is a pad: its output is
+      zero, the state passes it unchanged, its content is never read.
+    starts: bool 'b t'. Where it is True a segment begins: all that came
+      before, the incoming state included, is forgotten. Not read at pads.
+
+  Returns:
+    o 'b t h e' in the dtype of v, and the state 'b h d e' after the last
+    token, in float32 or better.
+  """
+
+  def step(state, token):
+    q, k, v, beta, start = token
+    if start is not None:
+      state = state * ~start[..., None, None]
+    error = v - jnp.einsum('bhd,bhde->bhe', k, state)
+    state = state + k[..., None] * (beta[..., None] * error)[..., None, :]
+    return state, jnp.einsum('bhd,bhde->bhe', q, state)
+
+  return by_token(step, q, k, v, beta, state, valid, starts)
+
+
+def chunked(q, k, v, beta, *, state=None, valid=None, starts=None, chunk=32):
+  """In chunks: matrix products inside, one state carried between them.
+
+  Arguments and results are those of `recurrent`. The backward pass keeps the
+  states between chunks and computes everything else again.
+
+  Args:
+    chunk: tokens per chunk. The length need not divide.
+  """
+  return by_chunk(_chunk, q, k, v, beta, state, valid, starts, chunk)
+
+
+def delta(q, k, v, beta, *, state=None, valid=None, starts=None):
+  """What mechanisms call: one step for one token, else chunks.
+
+  Arguments and results are those of `recurrent`.
+  """
+  form = recurrent if q.shape[1] == 1 else chunked
+  return form(q, k, v, beta, state=state, valid=valid, starts=starts)
+
+
+@jax.custom_jvp
+def inverse_unit_lower(a):
+  """The inverse of I + tril(a, -1), for a '... c c', by block doubling.
+
+  Let X hold the inverses of the diagonal blocks of size s. Two neighbours
+  and the block of `a` below them make a block of size 2 s,
+
+      [ L11   0  ]^-1   [      X11         0  ]
+      [ L21  L22 ]    = [ -X22 L21 X11    X22 ]
+
+  and since X is block diagonal, X - X L21 X does so for all pairs at once:
+  log2(c) rounds of two products, from X = I at s = 1. It subtracts no more
+  than forward substitution does. The product (I - a)(I + a^2)(I + a^4) ..
+  is as short, but its factors grow like binomials and cancel to nothing.
+
+  The derivative of an inverse is known, dX = -X da X, so neither mode of
+  differentiation walks through the rounds.
+  """
+  c = a.shape[-1]
+  i, j = jnp.arange(c)[:, None], jnp.arange(c)
+  x = jnp.zeros_like(a) + jnp.eye(c, dtype=a.dtype)
+  size = 1
+  while size < c:
+    low = (i // size == j // size + 1) & (i // size % 2 == 1)
+    x = x - _product(x, jnp.where(low, a, 0), x)
+    size *= 2
+  return x
+
+
+@inverse_unit_lower.defjvp
+def _(primals, tangents):
+  x = inverse_unit_lower(*primals)
+  return x, -_product(x, jnp.tril(tangents[0], -1), x)
+
+
+def _product(x, y, z):
+  """x y z in full precision: errors made here compound."""
+  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  return matmul(matmul(x, y), z)
+
+
+def _chunk(state, tokens):
+  """The triangular form over one chunk, every array 'b h c ...'."""
+  q, k, v, beta, starts = tokens
+  pairs, fresh, final, whole = runs(starts, q.shape[2])
+  beta = beta[..., None]
+  a = beta * jnp.einsum('bhid,bhjd->bhij', k, k) * pairs
+  error = v - jnp.einsum('bhid,bhde->bhie', k * fresh, state)
+  u = inverse_unit_lower(a) @ (beta * error)
+  scores = jnp.einsum('bhid,bhjd->bhij', q, k) * pairs
+  o = jnp.einsum('bhij,bhje->bhie', scores, u)
+  o += jnp.einsum('bhid,bhde->bhie', q * fresh, state)
+  state = state * whole + jnp.einsum('bhjd,bhje->bhde', k * final, u)
+  return state, o

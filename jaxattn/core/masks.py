@@ -1,0 +1,197 @@
+"""Masks as predicates on the data that travels with the tokens.
+
+A mask says whether a query may see a key, from each one's order and tags; never
+from where they lie in an array. So padding, packing, caching and every layout
+over devices are permutations of data, and no mask knows about them.
+
+  mask = Causal() & (Window(128) | Sinks(4))
+
+Masks hold Python scalars only: they are hashable, hence static under jax.jit.
+Blockwise attention asks a mask to judge a whole tile from the ranges of its
+orders and tags. `empty` promises that no pair in the tile is visible (the tile
+is skipped), `full` that every pair is (the tile needs no mask). Both may
+always answer False, which means "unknown": the tile is then tested pair by
+pair. Orders are int32 and their differences must fit.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Side(NamedTuple):
+  """What a mask may read of queries or of keys: int32 arrays.
+
+  A mask is given two sides whose arrays broadcast against each other, such as
+  `b t 1` for the queries and `b 1 s` for the keys.
+  """
+
+  order: jax.Array
+  tags: dict[str, jax.Array] | None = None
+
+
+class Range(NamedTuple):
+  """The least and the greatest order and tags found in a block of tokens."""
+
+  order_min: jax.Array
+  order_max: jax.Array
+  tags_min: dict[str, jax.Array] | None = None
+  tags_max: dict[str, jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+  """A predicate on (query, key); combine with `&`, `|` and `~`."""
+
+  def __call__(self, query: Side, key: Side) -> jax.Array:
+    """True where the query sees the key, of the sides' broadcast shape."""
+    raise NotImplementedError(
+      f'{type(self).__name__} does not say what it sees'
+    )
+
+  def empty(self, query: Range, key: Range) -> jax.Array:
+    """True only where no query in the range sees any key in the range."""
+    return np.False_
+
+  def full(self, query: Range, key: Range) -> jax.Array:
+    """True only where every query in the range sees every key in the range."""
+    return np.False_
+
+  def __and__(self, other: 'Mask') -> 'Mask':
+    return And(self, other)
+
+  def __or__(self, other: 'Mask') -> 'Mask':
+    return Or(self, other)
+
+  def __invert__(self) -> 'Mask':
+    return Not(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class And(Mask):
+  """Seen by both masks."""
+
+  left: Mask
+  right: Mask
+
+  def __call__(self, query, key):
+    return self.left(query, key) & self.right(query, key)
+
+  def empty(self, query, key):
+    return self.left.empty(query, key) | self.right.empty(query, key)
+
+  def full(self, query, key):
+    return self.left.full(query, key) & self.right.full(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Or(Mask):
+  """Seen by either mask."""
+
+  left: Mask
+  right: Mask
+
+  def __call__(self, query, key):
+    return self.left(query, key) | self.right(query, key)
+
+  def empty(self, query, key):
+    return self.left.empty(query, key) & self.right.empty(query, key)
+
+  def full(self, query, key):
+    return self.left.full(query, key) | self.right.full(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Not(Mask):
+  """Not seen by the mask."""
+
+  mask: Mask
+
+  def __call__(self, query, key):
+    return ~self.mask(query, key)
+
+  def empty(self, query, key):
+    return self.mask.full(query, key)
+
+  def full(self, query, key):
+    return self.mask.empty(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Everything(Mask):
+  """Every query sees every key."""
+
+  def __call__(self, query, key):
+    shape = jnp.broadcast_shapes(query.order.shape, key.order.shape)
+    return jnp.ones(shape, bool)
+
+  def full(self, query, key):
+    return np.True_
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal(Mask):
+  """A query sees itself and what came before: key.order <= query.order."""
+
+  def __call__(self, query, key):
+    return key.order <= query.order
+
+  def empty(self, query, key):
+    return key.order_min > query.order_max
+
+  def full(self, query, key):
+    return key.order_max <= query.order_min
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Mask):
+  """A query sees the last `left` keys, itself included, and `right` likewise.
+
+  That is, query.order - key.order < left and, when `right` is given,
+  key.order - query.order < right. Without `right` the future is not limited:
+  `Causal() & Window(n)` is the usual sliding window of n tokens.
+  """
+
+  left: int
+  right: int | None = None
+
+  def __call__(self, query, key):
+    seen = query.order - key.order < self.left
+    if self.right is not None:
+      seen &= key.order - query.order < self.right
+    return seen
+
+  def empty(self, query, key):
+    unseen = query.order_min - key.order_max >= self.left
+    if self.right is not None:
+      unseen |= key.order_min - query.order_max >= self.right
+    return unseen
+
+  def full(self, query, key):
+    seen = query.order_max - key.order_min < self.left
+    if self.right is not None:
+      seen &= key.order_max - query.order_min < self.right
+    return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Sinks(Mask):
+  """The first `n` keys of a segment are seen: key.order < n.
+
+  The attention sinks of Xiao et al. 2023, https://arxiv.org/abs/2309.17453.
+  """
+
+  n: int
+
+  def __call__(self, query, key):
+    shape = jnp.broadcast_shapes(query.order.shape, key.order.shape)
+    return jnp.broadcast_to(key.order < self.n, shape)
+
+  def empty(self, query, key):
+    return key.order_min >= self.n
+
+  def full(self, query, key):
+    return key.order_max < self.n

@@ -1,0 +1,544 @@
+"""Softmax attention in blocks: a fold of partial results that merge.
+
+Milakov, Gimelshein 2018, "Online normalizer calculation for softmax",
+https://arxiv.org/abs/1805.02867; Rabe, Staats 2021, "Self-attention Does Not
+Need O(n^2) Memory", https://arxiv.org/abs/2112.05682; Dao 2023,
+"FlashAttention-2", https://arxiv.org/abs/2307.08691.
+
+A query that has read some keys, with scores x_j and values v_j, remembers
+
+  m = max_j x_j,   l = sum_j exp(x_j - m),   o = sum_j exp(x_j - m) v_j.
+
+Two such triples over disjoint sets of keys merge into that of their union, so
+keys may be read in any order, in blocks, on many devices. In the end o / l is
+the attention and m + log l the log-sum-exp (lse) of the scores.
+
+`attention` folds `merge` over tiles of block_q queries by block_k keys. The
+ranges of orders and segments in a tile tell whether it is empty (skipped), full
+(no mask needed) or mixed. Its gradient is written by hand: it keeps o and lse
+only, and computes each tile again. With p_j = exp(x_j - lse), o = sum_j p_j v_j
+and the gradients do and dlse of the two results,
+
+  dv_j = p_j do
+  dx_j = p_j (do . v_j - do . o + dlse)
+
+for dp_i/dx_j = p_i (1[i=j] - p_j) and dlse/dx_j = p_j. Both directions take
+memory linear in the lengths.
+
+Inside, the queries of the g heads that share a key head are rows r = (g t) of
+one matrix `b k r d`, beside the keys `b k s d`. Scores are `b k r s` forward
+and `b k s r` backward: so the matrix products never transpose a tile.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxattn.core.masks import Everything, Mask, Range, Side
+
+BLOCK = 512  # tiles of 512 x 512 keep the arithmetic units busy and fit a cache
+EVERYTHING = Everything()
+
+
+class Partial(NamedTuple):
+  """Attention to some of the keys; (-inf, 0, 0) is attention to none.
+
+  (m, l, o) and (m + c, l exp(-c), o exp(-c)) mean the same. All functions here
+  respect that, which is why `merge` may hold m constant when differentiated.
+  """
+
+  m: jax.Array  # b t h: a reference for the scores, to keep exp in range
+  l: jax.Array  # b t h: sum of exp(score - m)  # noqa: E741
+  o: jax.Array  # b t h e: sum of exp(score - m) value
+
+
+def merge(x: Partial, y: Partial) -> Partial:
+  """Attention to the keys of both: associative, commutative, -inf-safe."""
+  m = lax.stop_gradient(jnp.maximum(x.m, y.m))
+  reference = _finite(m)
+  x_share = jnp.exp(x.m - reference)
+  y_share = jnp.exp(y.m - reference)
+  return Partial(
+    m=m,
+    l=x_share * x.l + y_share * y.l,
+    o=x_share[..., None] * x.o + y_share[..., None] * y.o,
+  )
+
+
+def finish(partial: Partial) -> tuple[jax.Array, jax.Array]:
+  """Attention `b t h e`, and the log-sum-exp of the scores `b t h`.
+
+  A query that saw no key has o = 0, lse = -inf and no gradient.
+  """
+  m, total, o = partial
+  unseen = total == 0
+  total = jnp.where(unseen, 1, total)
+  lse = jnp.where(unseen, -jnp.inf, _finite(m) + jnp.log(total))
+  return jnp.where(unseen[..., None], 0, o / total[..., None]), lse
+
+
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  mask: Mask = EVERYTHING,
+  query_order: jax.Array | None = None,
+  key_order: jax.Array | None = None,
+  query_segments: jax.Array | None = None,
+  key_segments: jax.Array | None = None,
+  query_tags: dict[str, jax.Array] | None = None,
+  key_tags: dict[str, jax.Array] | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  block_q: int | None = None,
+  block_k: int | None = None,
+  return_partial: bool = False,
+) -> jax.Array | Partial:
+  """softmax(mask(scale q k^T)) v, in memory linear in t and s.
+
+  All inputs must be finite, masked or not. Only reverse mode differentiates it;
+  `dense` serves forward mode.
+
+  Args:
+    q: queries, `b t h d`.
+    k: keys, `b s k d`. h is a multiple of k: each key head serves h / k query
+      heads that stand together.
+    v: values, `b s k e`.
+    mask: which keys a query sees, besides the rule of segments.
+    query_order: `b t`, or `t` for every row: what the mask reads; by default
+      0, 1, ... t - 1.
+    key_order: `b s` or `s`, likewise.
+    query_segments: `b t` or `t`: tokens see each other iff their segments are
+      equal and not 0. None stands for 1 everywhere.
+    key_segments: `b s` or `s`, likewise.
+    query_tags: what else the mask reads, each `b t` or `t`.
+    key_tags: the same for the keys.
+    scale: a Python number that multiplies the scores; by default 1 / sqrt(d).
+    softcap: if given, scores become softcap tanh(score / softcap).
+    block_q: queries in a tile; by default chosen from the lengths.
+    block_k: keys in a tile. Lengths need not be multiples of the blocks.
+    return_partial: return a Partial, to be merged with attention to other keys
+      and finished. It comes normalised: m is the lse, and l is 1, or 0 where
+      no key was seen.
+
+  Returns:
+    `b t h e` in the dtype of q; or a Partial in float32, or wider if q is.
+
+  Raises:
+    ValueError: shapes that do not fit each other, or a block below 1.
+  """
+  rule, query, key = _problem(
+    *(q, k, v, mask, scale, softcap, return_partial),
+    (query_order, query_segments, query_tags),
+    (key_order, key_segments, key_tags),
+  )
+  t, s = q.shape[1], k.shape[1]
+  block_q = _block('block_q', block_q, t, BLOCK)
+  block_k = _block('block_k', block_k, s, max(BLOCK, BLOCK**2 // block_q))
+  if t == 0 or s == 0:
+    o, lse = finish(_whole(rule, q, k, v, query, key))
+    o = o.astype(rule.dtype)
+  else:
+    if s % block_k:  # the last block of keys will hold padding
+      query, key = _one_segment(query), _one_segment(key)
+    rule = dataclasses.replace(rule, block_q=block_q, block_k=block_k)
+    o, lse = _attend(rule, *_alike(q, k, v, (query, key)), query, key)
+  if return_partial:
+    return Partial(m=lse, l=(lse > -jnp.inf).astype(lse.dtype), o=o)
+  return o
+
+
+def dense(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  mask: Mask = EVERYTHING,
+  query_order: jax.Array | None = None,
+  key_order: jax.Array | None = None,
+  query_segments: jax.Array | None = None,
+  key_segments: jax.Array | None = None,
+  query_tags: dict[str, jax.Array] | None = None,
+  key_tags: dict[str, jax.Array] | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  return_partial: bool = False,
+) -> jax.Array | Partial:
+  """The same as `attention`, by the plain formula and in memory t x s.
+
+  JAX differentiates it, in any mode and to any order.
+  """
+  rule, query, key = _problem(
+    *(q, k, v, mask, scale, softcap, return_partial),
+    (query_order, query_segments, query_tags),
+    (key_order, key_segments, key_tags),
+  )
+  partial = _whole(rule, q, k, v, query, key)
+  return partial if return_partial else finish(partial)[0].astype(q.dtype)
+
+
+class _Tokens(NamedTuple):
+  """What decides who sees whom; each array is `b t`, or `1 t`."""
+
+  side: Side
+  segments: jax.Array | None  # None: one segment, no padding
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+  """What is known while tracing."""
+
+  mask: Mask
+  scale: float
+  softcap: float | None
+  dtype: np.dtype  # of o
+  block_q: int = 0
+  block_k: int = 0
+
+  def sees(self, query, key):
+    seen = self.mask(query.side, key.side)
+    if key.segments is not None:
+      seen &= (query.segments == key.segments) & (key.segments != 0)
+    return seen
+
+  def trivial(self, key):
+    """Whatever the data, every query sees every key."""
+    return isinstance(self.mask, Everything) and key.segments is None
+
+  def one_tile(self, q, k):
+    return q.shape[1] <= self.block_q and k.shape[1] <= self.block_k
+
+
+def _problem(q, k, v, mask, scale, softcap, return_partial, query, key):
+  """Checks the arguments of a call and fills in what was left out."""
+  if not (
+    q.ndim == k.ndim == v.ndim == 4
+    and q.shape[0] == k.shape[0]
+    and q.shape[3] == k.shape[3]
+    and k.shape[:3] == v.shape[:3]
+  ):
+    raise ValueError(
+      'q, k and v must be `b t h d`, `b s k d` and `b s k e`, not'
+      f' {q.shape}, {k.shape} and {v.shape}'
+    )
+  if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    raise ValueError(
+      f'{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly'
+    )
+  query, key = _tokens('query', q, *query), _tokens('key', k, *key)
+  if (query.segments is None) != (key.segments is None):
+    query, key = _one_segment(query), _one_segment(key)
+  rule = _Rule(
+    mask=mask,
+    scale=1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
+    softcap=None if softcap is None else float(softcap),
+    dtype=_accumulator(q) if return_partial else q.dtype,
+  )
+  return rule, query, key
+
+
+def _tokens(name, x, order, segments, tags):
+  b, t = x.shape[:2]
+
+  def per_token(what, values):
+    values = jnp.atleast_2d(jnp.asarray(values, jnp.int32))
+    if values.shape not in ((b, t), (1, t)):
+      raise ValueError(
+        f'{name} {what} must have shape {(b, t)} or {(t,)}, not {values.shape}'
+      )
+    return values
+
+  order = per_token('order', np.arange(t) if order is None else order)
+  tags = {tag: per_token(f'tag {tag}', x) for tag, x in (tags or {}).items()}
+  if segments is not None:
+    segments = per_token('segments', segments)
+  return _Tokens(Side(order, tags), segments)
+
+
+def _one_segment(tokens):
+  if tokens.segments is not None:
+    return tokens
+  return tokens._replace(segments=jnp.ones_like(tokens.side.order))
+
+
+def _block(name, block, length, default):
+  if block is None:  # blocks of equal size need the least padding
+    block = math.ceil(length / math.ceil(max(1, length) / default))
+  elif block < 1:
+    raise ValueError(f'{name} must be at least 1, not {block}')
+  return max(1, min(block, length))
+
+
+def _alike(q, k, v, tokens):
+  """Adds to q, k and v a zero made of all inputs.
+
+  Under shard_map they then vary over the same mesh axes, and so do the carries
+  made from them; and the gradient of an input is summed over the axes along
+  which it did not vary. Elsewhere it is a constant that costs nothing.
+  """
+  leaves = jax.tree.leaves((q, k, v, tokens))
+  zero = sum(jnp.sum(x[:, :0]).astype(q.dtype) for x in leaves)
+  return tuple(x + zero.astype(x.dtype) for x in (q, k, v))
+
+
+def _tile(rule, queries, keys, masked):
+  """Attention of queries `b k r d` to keys `b k s d`."""
+  (q, query), (k, v, key) = queries, keys
+  dtype = _accumulator(q)
+  q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
+  scores = jnp.einsum('bkrd,bksd->bkrs', q, k)
+  if rule.softcap is not None:
+    scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+  if masked:
+    query = jax.tree.map(lambda x: x[:, None, :, None], query)
+    key = jax.tree.map(lambda x: x[:, None, None, :], key)
+    scores = jnp.where(rule.sees(query, key), scores, -jnp.inf)
+  m = lax.stop_gradient(jnp.max(scores, -1, initial=-jnp.inf))
+  p = jnp.exp(scores - _finite(m)[..., None])
+  return Partial(m, p.sum(-1), jnp.einsum('bkrs,bkse->bkre', p, v))
+
+
+def _tile_gradient(rule, queries, keys, masked):
+  """dq, dk and dv of a tile; delta is do . o - dlse."""
+  (q, do, lse, delta, query), (k, v, key) = queries, keys
+  dtype = _accumulator(q)
+  q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
+  scores = jnp.einsum('bksd,bkrd->bksr', k, q)
+  if rule.softcap is not None:
+    capped = jnp.tanh(scores / rule.softcap)
+    scores = rule.softcap * capped
+  if masked:
+    query = jax.tree.map(lambda x: x[:, None, None, :], query)
+    key = jax.tree.map(lambda x: x[:, None, :, None], key)
+    scores = jnp.where(rule.sees(query, key), scores, -jnp.inf)
+  p = jnp.exp(scores - lse[:, :, None])
+  dv = jnp.einsum('bksr,bkre->bkse', p, do)
+  dp = jnp.einsum('bkse,bkre->bksr', v, do)
+  dx = p * (dp - delta[:, :, None])
+  if rule.softcap is not None:
+    dx *= 1 - capped**2
+  dq = rule.scale * jnp.einsum('bksd,bksr->bkdr', k, dx)
+  dk = jnp.einsum('bksr,bkrd->bksd', dx, q)
+  return jnp.swapaxes(dq, 2, 3), dk, dv
+
+
+def _accumulator(x):
+  return jnp.promote_types(jnp.float32, x.dtype)
+
+
+def _finite(m):
+  """What to subtract where nothing was seen: -inf - -inf would be NaN."""
+  return jnp.where(m == -jnp.inf, 0, m)
+
+
+def _whole(rule, q, k, v, query, key):
+  """All queries and all keys as one tile; a Partial in public order."""
+  t, s = q.shape[1], k.shape[1]
+  queries = _blocks(q, t, k.shape[2])[0], _rows(query, q, k)
+  keys = _blocks(k, s)[0], _blocks(v, s)[0], key
+  partial = _tile(rule, queries, keys, not rule.trivial(key))
+  return jax.tree.map(lambda x: _unblocks(x[None], t, q.shape[2]), partial)
+
+
+def _rows(query, q, k):
+  """The tokens of q as rows (g t)."""
+  g = q.shape[2] // k.shape[2]
+  return jax.tree.map(lambda x: jnp.tile(x, g), query)
+
+
+def _blocks(x, block, k=None):
+  """`b t h ...` to `n b k r ...`: n blocks of rows r = (g c), for h = (k g)."""
+  b, t, h, *rest = x.shape
+  k = k or h
+  n = math.ceil(t / block) if t else 1
+  x = jnp.pad(x, [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2))
+  x = x.reshape(b, n, block, k, h // k, *rest)
+  x = jnp.moveaxis(x, (1, 2), (0, 4))
+  return x.reshape(n, b, k, h // k * block, *rest)
+
+
+def _unblocks(x, t, h):
+  """`n b k r ...` back to `b t h ...`."""
+  n, b, k, r, *rest = x.shape
+  x = x.reshape(n, b, h, k * r // h, *rest)
+  return jnp.moveaxis(x, (0, 3), (1, 2)).reshape(b, -1, h, *rest)[:, :t]
+
+
+def _token_blocks(tokens, block):
+  """`b t` to `n b c`."""
+
+  def blocks(x, **mode):
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), **mode)
+    return jnp.moveaxis(x.reshape(len(x), -1, block), 1, 0)
+
+  # Padding is in segment 0. It repeats the last order and tags, for ranges to
+  # stay tight where there are no segments (that is, among queries only).
+  side = jax.tree.map(functools.partial(blocks, mode='edge'), tokens.side)
+  return _Tokens(side, jax.tree.map(blocks, tokens.segments))
+
+
+class _Extent(NamedTuple):
+  """What the tokens of a block have in common; padding is not counted."""
+
+  range: Range
+  segment_min: jax.Array
+  segment_max: jax.Array
+  uniform: jax.Array  # all in one segment, none is padding
+
+
+def _extent(tokens):
+  """From tokens `... c` to extents `...`."""
+  order, tags = tokens.side
+  segments = tokens.segments
+  if segments is None:
+    segments = jnp.ones_like(order)
+  bound, counted = jnp.iinfo(jnp.int32), segments != 0
+  least = functools.partial(jnp.min, axis=-1, initial=bound.max, where=counted)
+  most = functools.partial(jnp.max, axis=-1, initial=bound.min, where=counted)
+  first, last = least(segments), most(segments)
+  return _Extent(
+    range=Range(
+      order_min=least(order),
+      order_max=most(order),
+      tags_min=jax.tree.map(least, tags),
+      tags_max=jax.tree.map(most, tags),
+    ),
+    segment_min=first,
+    segment_max=last,
+    uniform=counted.all(-1) & (first == last),
+  )
+
+
+def _fold(rule, visit, carry, query, keys):
+  """carry = visit(j, carry, masked) for each block j of keys that may be seen.
+
+  `query` is the extent of the queries, `b`; `keys` are those of all blocks of
+  keys, `n b`. A tile counts as empty or full if it is so in all rows of the
+  batch. The full ones are visited first, those that need the mask second, in
+  two loops: a branch in a single loop would copy what it returns.
+  """
+  empty = rule.mask.empty(query.range, keys.range)
+  empty |= query.segment_min > keys.segment_max
+  empty |= keys.segment_min > query.segment_max
+  full = rule.mask.full(query.range, keys.range)
+  full &= query.uniform & keys.uniform & (query.segment_min == keys.segment_min)
+  kind = jnp.where(empty.all(-1), 2, jnp.where(full.all(-1), 0, 1))
+  order = jnp.argsort(kind, stable=True)
+  unmasked, seen = jnp.sum(kind == 0), jnp.sum(kind < 2)
+  carry = lax.fori_loop(
+    0, unmasked, lambda i, carry: visit(order[i], carry, False), carry
+  )
+  return lax.fori_loop(
+    unmasked, seen, lambda i, carry: visit(order[i], carry, True), carry
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rule, q, k, v, query, key):
+  """o `b t h e` and lse `b t h`."""
+  return _forward(rule, q, k, v, query, key)
+
+
+def _attend_fwd(rule, q, k, v, query, key):
+  o, lse = _forward(rule, q, k, v, query, key)
+  return (o, lse), (q, k, v, query, key, o, lse)
+
+
+def _attend_bwd(rule, residuals, gradients):
+  return *_backward(rule, *residuals, *gradients), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _at(blocks, j):
+  return jax.tree.map(
+    lambda x: lax.dynamic_index_in_dim(x, j, keepdims=False), blocks
+  )
+
+
+def _add_at(blocks, j, more):
+  more = more + _at(blocks, j)
+  return lax.dynamic_update_index_in_dim(blocks, more, j, 0)
+
+
+def _all_blocks(rule, q_like, k_like, query, key):
+  """What travels with the queries, what with the keys, and their extents."""
+  (q, *_), (k, *_) = q_like, k_like
+  query = _token_blocks(query, rule.block_q)
+  key = _token_blocks(key, rule.block_k)
+  queries = tuple(_blocks(x, rule.block_q, k.shape[2]) for x in q_like)
+  keys = tuple(_blocks(x, rule.block_k) for x in k_like)
+  rows = _rows(query, q, k)
+  return (*queries, rows), (*keys, key), _extent(query), _extent(key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(rule, q, k, v, query, key):
+  (t, h), dtype = q.shape[1:3], _accumulator(q)
+  queries, keys, of_query, of_key = _all_blocks(rule, (q,), (k, v), query, key)
+
+  def row(x):
+    queries, extent = x
+
+    def visit(j, partial, masked):
+      return merge(partial, _tile(rule, queries, _at(keys, j), masked))
+
+    zero = jnp.zeros_like(queries[0][..., 0], dtype)
+    nothing = Partial(
+      m=jnp.full_like(zero, -jnp.inf),
+      l=zero,
+      o=jnp.zeros_like(zero, shape=(*zero.shape, v.shape[-1])),
+    )
+    return finish(_fold(rule, visit, nothing, extent, of_key))
+
+  if rule.one_tile(q, k):
+    queries, keys = _at(queries, 0), _at(keys, 0)
+    tile = finish(_tile(rule, queries, keys, not rule.trivial(key)))
+    o, lse = jax.tree.map(lambda x: x[None], tile)
+  else:
+    o, lse = lax.map(row, (queries, of_query))
+  return _unblocks(o, t, h).astype(rule.dtype), _unblocks(lse, t, h)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _backward(rule, q, k, v, query, key, o, lse, do, dlse):
+  (t, h), (s, heads), dtype = q.shape[1:3], k.shape[1:3], _accumulator(q)
+  do = do.astype(dtype)
+  delta = jnp.sum(do * o, -1) - dlse
+  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # so that p = 0, not NaN
+  queries, keys, of_query, of_key = _all_blocks(
+    rule, (q, do, lse, delta), (k, v), query, key
+  )
+
+  def row(totals, x):
+    queries, extent = x
+
+    def visit(j, carry, masked):
+      dq, dk, dv = carry
+      more = _tile_gradient(rule, queries, _at(keys, j), masked)
+      return dq + more[0], _add_at(dk, j, more[1]), _add_at(dv, j, more[2])
+
+    carry = jnp.zeros_like(queries[0], dtype), *totals
+    dq, *totals = _fold(rule, visit, carry, extent, of_key)
+    return tuple(totals), dq
+
+  if rule.one_tile(q, k):
+    queries, keys = _at(queries, 0), _at(keys, 0)
+    tile = _tile_gradient(rule, queries, keys, not rule.trivial(key))
+    dq, dk, dv = jax.tree.map(lambda x: x[None], tile)
+  else:
+    totals = tuple(jnp.zeros_like(x, dtype) for x in keys[:2])
+    (dk, dv), dq = lax.scan(row, totals, (queries, of_query))
+  return (
+    _unblocks(dq, t, h).astype(q.dtype),
+    _unblocks(dk, s, heads).astype(k.dtype),
+    _unblocks(dv, s, heads).astype(v.dtype),
+  )

@@ -1,0 +1,72 @@
+"""Where arrays live: weights over `data` (FSDP), batches over `data`."""
+
+import jax
+from jax.sharding import AxisType
+
+from jaxattn.parallel import mesh as meshes
+
+STACKED = 'layers_'  # how models name weights that lead with the layer
+
+
+def weight(shape: tuple[int, ...], mesh, smallest: int = 2**12) -> jax.P:
+  """Where a weight is stored: its longest divisible axis over `data`.
+
+  Vectors and small matrices stay whole: splitting them saves nothing and costs
+  a gather. Stored so, weights are gathered where they are used (`whole`).
+  """
+  parts = mesh.shape[meshes.DATA]
+  size = 1
+  for n in shape:
+    size *= n
+  if parts == 1 or len(shape) < 2 or size < smallest:
+    return jax.P()
+  axes = [i for i, n in enumerate(shape) if n % parts == 0]
+  if not axes:
+    return jax.P()
+  longest = max(axes, key=lambda i: (shape[i], i))
+  return jax.P(
+    *(meshes.DATA if i == longest else None for i in range(len(shape)))
+  )
+
+
+def weights(tree, mesh):
+  """Where each leaf of a tree of weights is stored; see `weight`.
+
+  Serves an optimiser's state as well: its moments lie where their weights do.
+  Stacked layers are cut inside a layer: `scan` takes layer by layer.
+  """
+
+  def place(path, leaf):
+    keys = [getattr(entry, 'key', '') for entry in path]
+    if leaf.ndim and any(str(key).startswith(STACKED) for key in keys):
+      inner = weight(leaf.shape[1:], mesh)
+      return jax.P(None, *inner) if inner else inner
+    return weight(leaf.shape, mesh)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch(rows: int, mesh) -> jax.P:
+  """Rows over `data`, or whole where they do not divide."""
+  return jax.P(meshes.DATA) if rows % mesh.shape[meshes.DATA] == 0 else jax.P()
+
+
+def put(tree, spec: jax.P):
+  """Places arrays, where placement is part of the type.
+
+  In Auto mode, and without a mesh, the compiler places them.
+  """
+  mesh = meshes.current()
+  if mesh is None or AxisType.Explicit not in mesh.axis_types:
+    return tree
+  return jax.tree.map(lambda a: jax.reshard(a, spec), tree)
+
+
+def whole(w: jax.Array) -> jax.Array:
+  """A weight as its user needs it, gathered where it was stored in parts."""
+  return put(w, jax.P())
+
+
+def like(x: jax.Array, other: jax.Array) -> jax.Array:
+  """Places `x` as `other` is placed."""
+  return put(x, jax.typeof(other).sharding.spec)

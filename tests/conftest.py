@@ -1,0 +1,68 @@
+"""Shared by all tests: the mechanisms to test, and a compilation cache."""
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+
+from jaxattn import registry
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Most of the time of these tests is compilation, the same from run to run.
+jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--mechanism',
+    action='append',
+    default=[],
+    metavar='NAME',
+    help='run the laws on this mechanism alone: a name, the dotted path of a '
+    'module, or the path of a file outside the tree; may be given repeatedly',
+  )
+
+
+def _named(name: str) -> str:
+  """A path as a module that the registry can import by name."""
+  path = pathlib.Path(name)
+  if path.suffix != '.py':
+    return name
+  if not path.exists():
+    raise pytest.UsageError(f'--mechanism={name}: there is no such file')
+  name = f'outside.{path.stem}'  # dotted, as modules outside the tree are
+  spec = importlib.util.spec_from_file_location(name, path)
+  sys.modules[name] = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(sys.modules[name])
+  return name
+
+
+def pytest_generate_tests(metafunc):
+  """A test that takes `mechanism` runs on every example of every mechanism."""
+  if 'mechanism' not in metafunc.fixturenames:
+    return
+  asked = metafunc.config.getoption('--mechanism')
+  names = [_named(name) for name in asked] or registry.names()
+  cases = [
+    pytest.param((name, i), id=f'{name}-{i}')
+    for name in names
+    for i in range(len(registry.spec(name).examples))
+  ]
+  metafunc.parametrize('mechanism', cases, scope='module')
+
+
+def pytest_collection_modifyitems(config, items):
+  """With --mechanism, only the tests of mechanisms are of interest."""
+  if config.getoption('--mechanism'):
+    kept = [item for item in items if 'mechanism' in item.fixturenames]
+    config.hook.pytest_deselected(
+      items=[item for item in items if item not in kept]
+    )
+    items[:] = kept

@@ -1,0 +1,45 @@
+"""Every law rejects mixers that break it, and only a broken one."""
+
+import sys
+
+import pytest
+
+from jaxattn import registry
+from jaxattn.spec import LAWS
+from tests import laws, mutants
+
+CASES = [
+  pytest.param(law, mutant, id=f'{law}-{mutant.__name__}')
+  for law, broken in mutants.MUTANTS.items()
+  for mutant in broken
+]
+FIELDS = {
+  mutants.ATTENTION: {'heads': 2, 'position': 'rope'},
+  mutants.GATED: {'heads': 2, 'rank': 4},
+  mutants.WINDOW: {'heads': 2, 'window': 4},
+}
+
+
+def test_every_law_has_a_mutant():
+  assert set(mutants.MUTANTS) == set(LAWS)
+
+
+@pytest.mark.parametrize(('law', 'mutant'), CASES)
+def test_rejected(law, mutant):
+  sound = mutant.__mro__[1]
+  module = sys.modules[sound.__module__]
+  subject = laws.Subject(mutant, module, FIELDS[sound], module.SPEC)
+  with pytest.raises(AssertionError) as rejected:
+    getattr(laws, law)(subject)
+  # By the law, not by an accident on the way to it.
+  assert rejected.traceback[-1].path.name == 'laws.py'
+
+
+def test_a_sound_subclass_passes():
+  """What rejects the mutants is the mistake, not that they are subclasses."""
+
+  class Sound(mutants.GATED):
+    pass
+
+  module = registry.module('gated_linear')
+  laws.batch(laws.Subject(Sound, module, FIELDS[mutants.GATED]))
