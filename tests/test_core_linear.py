@@ -373,14 +373,18 @@ def dropped_gradient(tokens, weights, state, valid, starts):
   ],
 )
 def test_the_law_rejects(mutant):
-  assert not lawful(mutant, CASES['head'])
+  case = CASES['head']
+  assert all(np.isfinite(x).all() for x in measure(mutant, case)[:2])
+  assert not lawful(mutant, case)
 
 
 def test_without_masks_and_state_in_double():
   for case in CASES.values():
     case = case.replace(state=np.zeros_like(case.state))
     exact = measure(formula(case.step), case, **DENSE, double=True)[:2]
-    for run in case.forms.values():
+    for form, run in case.forms.items():
+      if form == 'parallel':  # which is `chunked` by another name
+        continue
       with jax.enable_x64(True):
         args = *widen((case.tokens, case.weights)), None, None, None
         fast = jax.tree.map(np.asarray, jax.jit(run)(*args))
@@ -388,7 +392,7 @@ def test_without_masks_and_state_in_double():
 
 
 def test_half_precision_outside_and_single_inside():
-  for case in CASES.values():
+  for case in (CASES[name] for name in ('channel', 'delta', 'ssm', 'short')):
     half = [jnp.asarray(x, jnp.bfloat16) for x in case.tokens]
     case = case.replace(tokens=[np.asarray(x, np.float32) for x in half])
     exact = measure(formula(case.step), case, double=True)[:2]

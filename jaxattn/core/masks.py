@@ -15,6 +15,7 @@ pair. Orders are int32 and their differences must fit.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -195,3 +196,62 @@ class Sinks(Mask):
 
   def full(self, query, key):
     return key.order_max < self.n
+
+
+class Tokens(NamedTuple):
+  """All that decides who sees whom: tokens in different segments never do."""
+
+  side: Side
+  segments: jax.Array | None = None  # 0 is padding; None: all are in segment 1
+
+
+def sees(mask: Mask, query: Tokens, key: Tokens) -> jax.Array:
+  """True where the query sees the key; their arrays broadcast, as in Side."""
+  seen = mask(query.side, key.side)
+  if key.segments is not None:
+    seen &= (query.segments == key.segments) & (key.segments != 0)
+  return seen
+
+
+class Extent(NamedTuple):
+  """What the tokens of a block have in common; padding is not counted."""
+
+  range: Range
+  segment_min: jax.Array
+  segment_max: jax.Array
+  uniform: jax.Array  # all in one segment, none is padding
+
+
+def extent(tokens: Tokens) -> Extent:
+  """The extent of each block, from tokens `... c` to arrays `...`."""
+  (order, tags), segments = tokens
+  if segments is None:
+    segments = jnp.ones_like(order)
+  bound, counted = jnp.iinfo(jnp.int32), segments != 0
+  least = functools.partial(jnp.min, axis=-1, initial=bound.max, where=counted)
+  most = functools.partial(jnp.max, axis=-1, initial=bound.min, where=counted)
+  first, last = least(segments), most(segments)
+  return Extent(
+    range=Range(
+      order_min=least(order),
+      order_max=most(order),
+      tags_min=jax.tree.map(least, tags),
+      tags_max=jax.tree.map(most, tags),
+    ),
+    segment_min=first,
+    segment_max=last,
+    uniform=counted.all(-1) & (first == last),
+  )
+
+
+def judge(
+  mask: Mask, query: Extent, key: Extent
+) -> tuple[jax.Array, jax.Array]:
+  """Which tiles are surely empty, and which of the others are surely full."""
+  empty = mask.empty(query.range, key.range)
+  # A block of padding alone has min > max, so its tiles are empty.
+  empty |= query.segment_min > key.segment_max
+  empty |= key.segment_min > query.segment_max
+  full = mask.full(query.range, key.range)
+  full &= query.uniform & key.uniform & (query.segment_min == key.segment_min)
+  return empty, full & ~empty

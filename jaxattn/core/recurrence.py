@@ -14,11 +14,10 @@ Unrolled from the state S that enters a chunk, with w = log a,
 
 so a chunk of c tokens is three matrix products, and only one state per chunk
 goes through a sequential loop (Yang et al. 2023, Gated Linear Attention
-Transformers with Hardware-Efficient Training,
-https://arxiv.org/abs/2312.06635). Where a is one number per head, exp(D)
-leaves the sum over d and the scores are q k^T times a 'c c' matrix; where it
-differs per channel, the exact 'c c d' form costs d exponentials per pair,
-hence the smaller chunk.
+Transformers, https://arxiv.org/abs/2312.06635). Where a is one number per
+head, exp(D) leaves the sum over d and the scores are q k^T times a 'c c'
+matrix; where it differs per channel, the exact 'c c d' form costs d
+exponentials per pair, hence the smaller chunk.
 
 D is a running sum that begins anew at every j, never a difference of two
 prefix sums: a decay of e^-50 among mild ones would leave the difference with
@@ -199,6 +198,23 @@ def _enter(q, k, v, gate, state, valid, starts):
   return (*tokens, starts), state
 
 
+def _sums_between(w):
+  """D_ij = w_{j+1} + .. + w_i, 'b h i j d' of w 'b h c d'; 0 for i <= j.
+
+  One matrix product with the 0-1 tensor of j < l <= i adds up each sum by
+  itself, and is several times as fast as a running sum over 'b h i j d'.
+  """
+  i = jnp.arange(w.shape[-2])
+  taken = (i[:, None] < i) & (i <= i[:, None, None])  # 'i j l'
+  # 0 times -inf is not 0: a closed gate counts as e^-1e30, which is 0 as well.
+  return jnp.einsum(
+    'ijl,bhld->bhijd',
+    taken.astype(w.dtype),
+    jnp.maximum(w, -1e30),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+
+
 def _chunk(state, tokens):
   """The unrolled form over one chunk, every array 'b h c ...'."""
   q, k, v, log_decay, starts = tokens
@@ -208,9 +224,7 @@ def _chunk(state, tokens):
     scores = jnp.einsum('bhid,bhjd->bhij', q, k)
     since, until, total = 1, 1, 1
   else:
-    after = jnp.tril(jnp.ones((chunk, chunk), bool), -1)[..., None]
-    between = jnp.where(after, log_decay[..., :, None, :], 0)
-    between = jnp.exp(jnp.cumsum(between, axis=-3))  # exp(D) 'b h i j d'
+    between = jnp.exp(_sums_between(log_decay))  # exp(D) 'b h i j d'
     if log_decay.shape[-1] == 1:
       scores = jnp.einsum('bhid,bhjd->bhij', q, k) * between[..., 0]
     else:

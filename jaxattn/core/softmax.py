@@ -40,9 +40,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxattn.core.masks import Everything, Mask, Range, Side
+from jaxattn.core.masks import (
+  Everything,
+  Mask,
+  Side,
+  Tokens,
+  extent,
+  judge,
+  sees,
+)
 
-BLOCK = 512  # tiles of 512 x 512 keep the arithmetic units busy and fit a cache
 EVERYTHING = Everything()
 
 
@@ -113,13 +120,10 @@ def attention(
     v: values, `b s k e`.
     mask: which keys a query sees, besides the rule of segments.
     query_order: `b t`, or `t` for every row: what the mask reads; by default
-      0, 1, ... t - 1.
-    key_order: `b s` or `s`, likewise.
+      0, 1, ... t - 1. Likewise key_order, `b s` or `s`.
     query_segments: `b t` or `t`: tokens see each other iff their segments are
-      equal and not 0. None stands for 1 everywhere.
-    key_segments: `b s` or `s`, likewise.
-    query_tags: what else the mask reads, each `b t` or `t`.
-    key_tags: the same for the keys.
+      equal and not 0. None stands for 1 everywhere. Likewise key_segments.
+    query_tags: what else the mask reads, each `b t` or `t`. Likewise key_tags.
     scale: a Python number that multiplies the scores; by default 1 / sqrt(d).
     softcap: if given, scores become softcap tanh(score / softcap).
     block_q: queries in a tile; by default chosen from the lengths.
@@ -139,9 +143,12 @@ def attention(
     (query_order, query_segments, query_tags),
     (key_order, key_segments, key_tags),
   )
-  t, s = q.shape[1], k.shape[1]
-  block_q = _block('block_q', block_q, t, BLOCK)
-  block_k = _block('block_k', block_k, s, max(BLOCK, BLOCK**2 // block_q))
+  (b, t, h, _), s = q.shape, k.shape[1]
+  side = 512  # or less, for the tiles of all heads to fit a CPU's cache
+  while side > 64 and b * h * side**2 > 2**20:
+    side //= 2
+  block_q = _block('block_q', block_q, t, side)
+  block_k = _block('block_k', block_k, s, max(side, side**2 // block_q))
   if t == 0 or s == 0:
     o, lse = finish(_whole(rule, q, k, v, query, key))
     o = o.astype(rule.dtype)
@@ -184,13 +191,6 @@ def dense(
   return partial if return_partial else finish(partial)[0].astype(q.dtype)
 
 
-class _Tokens(NamedTuple):
-  """What decides who sees whom; each array is `b t`, or `1 t`."""
-
-  side: Side
-  segments: jax.Array | None  # None: one segment, no padding
-
-
 @dataclasses.dataclass(frozen=True)
 class _Rule:
   """What is known while tracing."""
@@ -202,18 +202,9 @@ class _Rule:
   block_q: int = 0
   block_k: int = 0
 
-  def sees(self, query, key):
-    seen = self.mask(query.side, key.side)
-    if key.segments is not None:
-      seen &= (query.segments == key.segments) & (key.segments != 0)
-    return seen
-
   def trivial(self, key):
     """Whatever the data, every query sees every key."""
     return isinstance(self.mask, Everything) and key.segments is None
-
-  def one_tile(self, q, k):
-    return q.shape[1] <= self.block_q and k.shape[1] <= self.block_k
 
 
 def _problem(q, k, v, mask, scale, softcap, return_partial, query, key):
@@ -259,7 +250,7 @@ def _tokens(name, x, order, segments, tags):
   tags = {tag: per_token(f'tag {tag}', x) for tag, x in (tags or {}).items()}
   if segments is not None:
     segments = per_token('segments', segments)
-  return _Tokens(Side(order, tags), segments)
+  return Tokens(Side(order, tags), segments)
 
 
 def _one_segment(tokens):
@@ -299,7 +290,7 @@ def _tile(rule, queries, keys, masked):
   if masked:
     query = jax.tree.map(lambda x: x[:, None, :, None], query)
     key = jax.tree.map(lambda x: x[:, None, None, :], key)
-    scores = jnp.where(rule.sees(query, key), scores, -jnp.inf)
+    scores = jnp.where(sees(rule.mask, query, key), scores, -jnp.inf)
   m = lax.stop_gradient(jnp.max(scores, -1, initial=-jnp.inf))
   p = jnp.exp(scores - _finite(m)[..., None])
   return Partial(m, p.sum(-1), jnp.einsum('bkrs,bkse->bkre', p, v))
@@ -317,7 +308,7 @@ def _tile_gradient(rule, queries, keys, masked):
   if masked:
     query = jax.tree.map(lambda x: x[:, None, None, :], query)
     key = jax.tree.map(lambda x: x[:, None, :, None], key)
-    scores = jnp.where(rule.sees(query, key), scores, -jnp.inf)
+    scores = jnp.where(sees(rule.mask, query, key), scores, -jnp.inf)
   p = jnp.exp(scores - lse[:, :, None])
   dv = jnp.einsum('bksr,bkre->bkse', p, do)
   dp = jnp.einsum('bkse,bkre->bksr', v, do)
@@ -340,35 +331,35 @@ def _finite(m):
 
 def _whole(rule, q, k, v, query, key):
   """All queries and all keys as one tile; a Partial in public order."""
-  t, s = q.shape[1], k.shape[1]
-  queries = _blocks(q, t, k.shape[2])[0], _rows(query, q, k)
+  (t, h), (s, heads) = q.shape[1:3], k.shape[1:3]
+  queries = _blocks(q, t, heads)[0], _rows(query, h // heads)
   keys = _blocks(k, s)[0], _blocks(v, s)[0], key
   partial = _tile(rule, queries, keys, not rule.trivial(key))
-  return jax.tree.map(lambda x: _unblocks(x[None], t, q.shape[2]), partial)
+  return jax.tree.map(lambda x: _unblocks(x[None], t, h), partial)
 
 
-def _rows(query, q, k):
-  """The tokens of q as rows (g t)."""
-  g = q.shape[2] // k.shape[2]
-  return jax.tree.map(lambda x: jnp.tile(x, g), query)
+def _rows(tokens, g):
+  """Tokens `... t` as rows `... (g t)`."""
+  return jax.tree.map(lambda x: jnp.tile(x, g), tokens)
 
 
 def _blocks(x, block, k=None):
   """`b t h ...` to `n b k r ...`: n blocks of rows r = (g c), for h = (k g)."""
   b, t, h, *rest = x.shape
-  k = k or h
-  n = math.ceil(t / block) if t else 1
+  n, g = math.ceil(t / block) if t else 1, h // (k or h)
   x = jnp.pad(x, [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2))
-  x = x.reshape(b, n, block, k, h // k, *rest)
-  x = jnp.moveaxis(x, (1, 2), (0, 4))
-  return x.reshape(n, b, k, h // k * block, *rest)
+  # One axis at a time: so batch and heads may be sharded in Explicit mode.
+  x = x.reshape(b, n, block, h, *rest).reshape(b, n, block, h // g, g, *rest)
+  return jnp.moveaxis(x, (1, 2), (0, 4)).reshape(n, b, h // g, g * block, *rest)
 
 
 def _unblocks(x, t, h):
   """`n b k r ...` back to `b t h ...`."""
   n, b, k, r, *rest = x.shape
-  x = x.reshape(n, b, h, k * r // h, *rest)
-  return jnp.moveaxis(x, (0, 3), (1, 2)).reshape(b, -1, h, *rest)[:, :t]
+  g, c = h // k, r * k // h
+  x = jnp.moveaxis(x.reshape(n, b, k, g, c, *rest), (0, 4), (1, 2))
+  x = x.reshape(b, n * c, k, g, *rest).reshape(b, n * c, h, *rest)
+  return x[:, :t]
 
 
 def _token_blocks(tokens, block):
@@ -381,39 +372,7 @@ def _token_blocks(tokens, block):
   # Padding is in segment 0. It repeats the last order and tags, for ranges to
   # stay tight where there are no segments (that is, among queries only).
   side = jax.tree.map(functools.partial(blocks, mode='edge'), tokens.side)
-  return _Tokens(side, jax.tree.map(blocks, tokens.segments))
-
-
-class _Extent(NamedTuple):
-  """What the tokens of a block have in common; padding is not counted."""
-
-  range: Range
-  segment_min: jax.Array
-  segment_max: jax.Array
-  uniform: jax.Array  # all in one segment, none is padding
-
-
-def _extent(tokens):
-  """From tokens `... c` to extents `...`."""
-  order, tags = tokens.side
-  segments = tokens.segments
-  if segments is None:
-    segments = jnp.ones_like(order)
-  bound, counted = jnp.iinfo(jnp.int32), segments != 0
-  least = functools.partial(jnp.min, axis=-1, initial=bound.max, where=counted)
-  most = functools.partial(jnp.max, axis=-1, initial=bound.min, where=counted)
-  first, last = least(segments), most(segments)
-  return _Extent(
-    range=Range(
-      order_min=least(order),
-      order_max=most(order),
-      tags_min=jax.tree.map(least, tags),
-      tags_max=jax.tree.map(most, tags),
-    ),
-    segment_min=first,
-    segment_max=last,
-    uniform=counted.all(-1) & (first == last),
-  )
+  return Tokens(side, jax.tree.map(blocks, tokens.segments))
 
 
 def _fold(rule, visit, carry, query, keys):
@@ -424,11 +383,7 @@ def _fold(rule, visit, carry, query, keys):
   batch. The full ones are visited first, those that need the mask second, in
   two loops: a branch in a single loop would copy what it returns.
   """
-  empty = rule.mask.empty(query.range, keys.range)
-  empty |= query.segment_min > keys.segment_max
-  empty |= keys.segment_min > query.segment_max
-  full = rule.mask.full(query.range, keys.range)
-  full &= query.uniform & keys.uniform & (query.segment_min == keys.segment_min)
+  empty, full = judge(rule.mask, query, keys)
   kind = jnp.where(empty.all(-1), 2, jnp.where(full.all(-1), 0, 1))
   order = jnp.argsort(kind, stable=True)
   unmasked, seen = jnp.sum(kind == 0), jnp.sum(kind < 2)
@@ -440,22 +395,17 @@ def _fold(rule, visit, carry, query, keys):
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule, q, k, v, query, key):
-  """o `b t h e` and lse `b t h`."""
-  return _forward(rule, q, k, v, query, key)
-
-
-def _attend_fwd(rule, q, k, v, query, key):
-  o, lse = _forward(rule, q, k, v, query, key)
-  return (o, lse), (q, k, v, query, key, o, lse)
-
-
-def _attend_bwd(rule, residuals, gradients):
-  return *_backward(rule, *residuals, *gradients), None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+def _arrange(rule, like_q, like_k, query, key):
+  """Blocks of all that travels with queries, with keys; and their extents."""
+  heads = like_k[0].shape[2]
+  queries = [_blocks(x, rule.block_q, heads) for x in like_q]
+  keys = [_blocks(x, rule.block_k) for x in like_k]
+  query, key = (
+    _token_blocks(query, rule.block_q),
+    _token_blocks(key, rule.block_k),
+  )
+  rows = _rows(query, like_q[0].shape[2] // heads)
+  return (*queries, rows), (*keys, key), extent(query), extent(key)
 
 
 def _at(blocks, j):
@@ -469,57 +419,45 @@ def _add_at(blocks, j, more):
   return lax.dynamic_update_index_in_dim(blocks, more, j, 0)
 
 
-def _all_blocks(rule, q_like, k_like, query, key):
-  """What travels with the queries, what with the keys, and their extents."""
-  (q, *_), (k, *_) = q_like, k_like
-  query = _token_blocks(query, rule.block_q)
-  key = _token_blocks(key, rule.block_k)
-  queries = tuple(_blocks(x, rule.block_q, k.shape[2]) for x in q_like)
-  keys = tuple(_blocks(x, rule.block_k) for x in k_like)
-  rows = _rows(query, q, k)
-  return (*queries, rows), (*keys, key), _extent(query), _extent(key)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(rule, q, k, v, query, key):
-  (t, h), dtype = q.shape[1:3], _accumulator(q)
-  queries, keys, of_query, of_key = _all_blocks(rule, (q,), (k, v), query, key)
+  """o `b t h e` and lse `b t h`."""
+  queries, keys, extents, key_extents = _arrange(rule, [q], [k, v], query, key)
 
-  def row(x):
-    queries, extent = x
+  def read(block):
+    queries, extent = block
 
     def visit(j, partial, masked):
       return merge(partial, _tile(rule, queries, _at(keys, j), masked))
 
-    zero = jnp.zeros_like(queries[0][..., 0], dtype)
-    nothing = Partial(
-      m=jnp.full_like(zero, -jnp.inf),
-      l=zero,
-      o=jnp.zeros_like(zero, shape=(*zero.shape, v.shape[-1])),
-    )
-    return finish(_fold(rule, visit, nothing, extent, of_key))
+    zero = jnp.zeros_like(queries[0][..., 0], _accumulator(q))
+    zeros = zero[..., None] + jnp.zeros(v.shape[-1], zero.dtype)
+    nothing = Partial(jnp.full_like(zero, -jnp.inf), zero, zeros)
+    return finish(_fold(rule, visit, nothing, extent, key_extents))
 
-  if rule.one_tile(q, k):
-    queries, keys = _at(queries, 0), _at(keys, 0)
+  if len(queries[0]) == len(keys[0]) == 1:
+    queries, keys = _at((queries, keys), 0)
     tile = finish(_tile(rule, queries, keys, not rule.trivial(key)))
     o, lse = jax.tree.map(lambda x: x[None], tile)
   else:
-    o, lse = lax.map(row, (queries, of_query))
+    o, lse = lax.map(read, (queries, extents))
+  t, h = q.shape[1:3]
   return _unblocks(o, t, h).astype(rule.dtype), _unblocks(lse, t, h)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(rule, q, k, v, query, key, o, lse, do, dlse):
-  (t, h), (s, heads), dtype = q.shape[1:3], k.shape[1:3], _accumulator(q)
+  """dq, dk and dv."""
+  dtype = _accumulator(q)
   do = do.astype(dtype)
   delta = jnp.sum(do * o, -1) - dlse
   lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # so that p = 0, not NaN
-  queries, keys, of_query, of_key = _all_blocks(
-    rule, (q, do, lse, delta), (k, v), query, key
+  queries, keys, extents, key_extents = _arrange(
+    rule, [q, do, lse, delta], [k, v], query, key
   )
 
-  def row(totals, x):
-    queries, extent = x
+  def read(totals, block):
+    queries, extent = block
 
     def visit(j, carry, masked):
       dq, dk, dv = carry
@@ -527,18 +465,34 @@ def _backward(rule, q, k, v, query, key, o, lse, do, dlse):
       return dq + more[0], _add_at(dk, j, more[1]), _add_at(dv, j, more[2])
 
     carry = jnp.zeros_like(queries[0], dtype), *totals
-    dq, *totals = _fold(rule, visit, carry, extent, of_key)
+    dq, *totals = _fold(rule, visit, carry, extent, key_extents)
     return tuple(totals), dq
 
-  if rule.one_tile(q, k):
-    queries, keys = _at(queries, 0), _at(keys, 0)
+  if len(queries[0]) == len(keys[0]) == 1:
+    queries, keys = _at((queries, keys), 0)
     tile = _tile_gradient(rule, queries, keys, not rule.trivial(key))
     dq, dk, dv = jax.tree.map(lambda x: x[None], tile)
   else:
     totals = tuple(jnp.zeros_like(x, dtype) for x in keys[:2])
-    (dk, dv), dq = lax.scan(row, totals, (queries, of_query))
-  return (
-    _unblocks(dq, t, h).astype(q.dtype),
-    _unblocks(dk, s, heads).astype(k.dtype),
-    _unblocks(dv, s, heads).astype(v.dtype),
+    (dk, dv), dq = lax.scan(read, totals, (queries, extents))
+  return tuple(
+    _unblocks(dx, *x.shape[1:3]).astype(x.dtype)
+    for x, dx in ((q, dq), (k, dk), (v, dv))
   )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rule, q, k, v, query, key):
+  return _forward(rule, q, k, v, query, key)
+
+
+def _attend_fwd(rule, *inputs):
+  results = _forward(rule, *inputs)
+  return results, (*inputs, *results)
+
+
+def _attend_bwd(rule, residuals, gradients):
+  return *_backward(rule, *residuals, *gradients), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
