@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxattn.nn import Policy
 from jaxattn.packing import Clock, Packing, Tokens, resolve
-from jaxattn.parallel import sequence
+from jaxattn.parallel import place, sequence
 from jaxattn.state import Recompute, State
 from jaxattn.typing import Array, Keys, PerToken, PyTree, Stream, Values
 
@@ -160,9 +160,12 @@ class Mixer(nn.Module):
         return Mixed(x, self._kept(x, state, return_state))
       x, packing = jnp.zeros((batch, 1, width), x.dtype), None
 
-    tokens = resolve(packing, state and state.clock, batch, x.shape[1])
+    packing, kept = place.rows(
+      (packing, self._kept(x, state, return_state)), batch
+    )
+    tokens = resolve(packing, kept and kept.clock, batch, x.shape[1])
+    tokens = place.rows(tokens, batch)
     x = _zero_pads(x, tokens)
-    kept = self._kept(x, state, return_state)
     memory = None if kept is None else kept.memory
     if isinstance(memory, Recompute):
       y, memory = self._recompute(x, tokens, memory, context, deterministic)

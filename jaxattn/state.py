@@ -190,14 +190,15 @@ class MatrixState:
   """One matrix a head, as linear attention and the delta rule keep.
 
   Attributes:
-    matrix: 'b h d e', float32: it is a sum over the whole past.
+    matrix: 'b h d e', float32 or wider: it is a sum over the whole past.
   """
 
   matrix: Matrices
 
   @classmethod
-  def empty(cls, batch, heads, width, value_width) -> 'MatrixState':
-    return cls(jnp.zeros((batch, heads, width, value_width), jnp.float32))
+  def empty(cls, batch, heads, width, value_width, dtype) -> 'MatrixState':
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    return cls(jnp.zeros((batch, heads, width, value_width), dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -206,13 +207,14 @@ class VectorState:
   """One vector a channel, as diagonal state spaces keep.
 
   Attributes:
-    vector: 'b m n', complex64 or float32.
+    vector: 'b m n', complex64 or wider.
   """
 
   vector: Array
 
   @classmethod
-  def empty(cls, batch, width, size, dtype=jnp.complex64) -> 'VectorState':
+  def empty(cls, batch, width, size, dtype) -> 'VectorState':
+    dtype = jnp.promote_types(dtype, jnp.complex64)
     return cls(jnp.zeros((batch, width, size), dtype))
 
 

@@ -15,15 +15,15 @@ the attention and m + log l the log-sum-exp (lse) of the scores.
 
 `attention` folds `merge` over tiles of block_q queries by block_k keys. The
 ranges of orders and segments in a tile tell whether it is empty (skipped), full
-(no mask needed) or mixed. Its gradient is written by hand: it keeps o and lse
-only, and computes each tile again. With p_j = exp(x_j - lse), o = sum_j p_j v_j
-and the gradients do and dlse of the two results,
+(no mask needed) or mixed. Its gradient is written by hand: it keeps o / l, m and
+l only, and computes each tile again. Let o now be normalised, o = sum_j p_j v_j
+with p_j = exp(x_j - m) / l. With do and dl the gradients of o and l,
 
   dv_j = p_j do
-  dx_j = p_j (do . v_j - do . o + dlse)
+  dx_j = p_j (do . v_j - do . o + l dl)
 
-for dp_i/dx_j = p_i (1[i=j] - p_j) and dlse/dx_j = p_j. Both directions take
-memory linear in the lengths.
+for dp_i/dx_j = p_i (1[i=j] - p_j) and dl/dx_j = l p_j, if m is held constant.
+Both directions take memory linear in the lengths.
 
 Inside, the queries of the g heads that share a key head are rows r = (g t) of
 one matrix `b k r d`, beside the keys `b k s d`. Scores are `b k r s` forward
@@ -57,7 +57,7 @@ class Partial(NamedTuple):
   """Attention to some of the keys; (-inf, 0, 0) is attention to none.
 
   (m, l, o) and (m + c, l exp(-c), o exp(-c)) mean the same. All functions here
-  respect that, which is why `merge` may hold m constant when differentiated.
+  respect that, so gradients hold m constant: what follows from l and o is whole.
   """
 
   m: jax.Array  # b t h: a reference for the scores, to keep exp in range
@@ -129,8 +129,7 @@ def attention(
     block_q: queries in a tile; by default chosen from the lengths.
     block_k: keys in a tile. Lengths need not be multiples of the blocks.
     return_partial: return a Partial, to be merged with attention to other keys
-      and finished. It comes normalised: m is the lse, and l is 1, or 0 where
-      no key was seen.
+      and finished.
 
   Returns:
     `b t h e` in the dtype of q; or a Partial in float32, or wider if q is.
@@ -150,16 +149,15 @@ def attention(
   block_q = _block('block_q', block_q, t, side)
   block_k = _block('block_k', block_k, s, max(side, side**2 // block_q))
   if t == 0 or s == 0:
-    o, lse = finish(_whole(rule, q, k, v, query, key))
-    o = o.astype(rule.dtype)
+    o, m, total = _results(_whole(rule, q, k, v, query, key))
   else:
     if s % block_k:  # the last block of keys will hold padding
       query, key = _one_segment(query), _one_segment(key)
     rule = dataclasses.replace(rule, block_q=block_q, block_k=block_k)
-    o, lse = _attend(rule, *_alike(q, k, v, (query, key)), query, key)
+    o, m, total = _attend(rule, *_alike(q, k, v, (query, key)), query, key)
   if return_partial:
-    return Partial(m=lse, l=(lse > -jnp.inf).astype(lse.dtype), o=o)
-  return o
+    return Partial(m, total, total[..., None] * o)
+  return o.astype(q.dtype)
 
 
 def dense(
@@ -297,8 +295,8 @@ def _tile(rule, queries, keys, masked):
 
 
 def _tile_gradient(rule, queries, keys, masked):
-  """dq, dk and dv of a tile; delta is do . o - dlse."""
-  (q, do, lse, delta, query), (k, v, key) = queries, keys
+  """dq, dk and dv of a tile, where do and delta are already divided by l."""
+  (q, do, m, delta, query), (k, v, key) = queries, keys
   dtype = _accumulator(q)
   q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
   scores = jnp.einsum('bksd,bkrd->bksr', k, q)
@@ -309,7 +307,7 @@ def _tile_gradient(rule, queries, keys, masked):
     query = jax.tree.map(lambda x: x[:, None, None, :], query)
     key = jax.tree.map(lambda x: x[:, None, :, None], key)
     scores = jnp.where(sees(rule.mask, query, key), scores, -jnp.inf)
-  p = jnp.exp(scores - lse[:, :, None])
+  p = jnp.exp(scores - m[:, :, None])  # times l
   dv = jnp.einsum('bksr,bkre->bkse', p, do)
   dp = jnp.einsum('bkse,bkre->bksr', v, do)
   dx = p * (dp - delta[:, :, None])
@@ -419,9 +417,14 @@ def _add_at(blocks, j, more):
   return lax.dynamic_update_index_in_dim(blocks, more, j, 0)
 
 
+def _results(partial):
+  """What the gradient needs, o / l, m and l."""
+  return finish(partial)[0], partial.m, partial.l
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(rule, q, k, v, query, key):
-  """o `b t h e` and lse `b t h`."""
+  """The results, in public order."""
   queries, keys, extents, key_extents = _arrange(rule, [q], [k, v], query, key)
 
   def read(block):
@@ -433,27 +436,29 @@ def _forward(rule, q, k, v, query, key):
     zero = jnp.zeros_like(queries[0][..., 0], _accumulator(q))
     zeros = zero[..., None] + jnp.zeros(v.shape[-1], zero.dtype)
     nothing = Partial(jnp.full_like(zero, -jnp.inf), zero, zeros)
-    return finish(_fold(rule, visit, nothing, extent, key_extents))
+    return _results(_fold(rule, visit, nothing, extent, key_extents))
 
   if len(queries[0]) == len(keys[0]) == 1:
     queries, keys = _at((queries, keys), 0)
-    tile = finish(_tile(rule, queries, keys, not rule.trivial(key)))
-    o, lse = jax.tree.map(lambda x: x[None], tile)
+    tile = _results(_tile(rule, queries, keys, not rule.trivial(key)))
+    blocks = jax.tree.map(lambda x: x[None], tile)
   else:
-    o, lse = lax.map(read, (queries, extents))
-  t, h = q.shape[1:3]
-  return _unblocks(o, t, h).astype(rule.dtype), _unblocks(lse, t, h)
+    blocks = lax.map(read, (queries, extents))
+  o, m, total = (_unblocks(x, *q.shape[1:3]) for x in blocks)
+  return o.astype(rule.dtype), m, total
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(rule, q, k, v, query, key, o, lse, do, dlse):
-  """dq, dk and dv."""
+def _backward(rule, q, k, v, query, key, o, m, total, do, dm, dtotal):
+  """dq, dk and dv; m is a constant."""
   dtype = _accumulator(q)
-  do = do.astype(dtype)
-  delta = jnp.sum(do * o, -1) - dlse
-  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # so that p = 0, not NaN
+  # Where nothing was seen, m = inf makes p zero, not NaN.
+  m = jnp.where(total == 0, jnp.inf, m)
+  do = do.astype(dtype) / jnp.where(total == 0, 1, total)[..., None]
+  delta = jnp.sum(do * o, -1) - dtotal
+  along_q = [q, do, m, delta]
   queries, keys, extents, key_extents = _arrange(
-    rule, [q, do, lse, delta], [k, v], query, key
+    rule, along_q, [k, v], query, key
   )
 
   def read(totals, block):

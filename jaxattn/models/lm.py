@@ -136,6 +136,10 @@ class LM(nn.Module):
   policy: Policy = Policy()
 
   def __post_init__(self):
+    # Frozen, so that a model is a key of jit's cache.
+    if not isinstance(self.mixer, str):
+      self.mixer = tuple(self.mixer)
+    self.mechanisms = nn.FrozenDict(self.mechanisms)
     known = set(self.layers())
     for name in self.mechanisms:
       if name not in known:

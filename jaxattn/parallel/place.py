@@ -62,6 +62,12 @@ def put(tree, spec: jax.P):
   return jax.tree.map(lambda a: jax.reshard(a, spec), tree)
 
 
+def rows(tree, count: int):
+  """Places arrays that lead with a batch of `count` rows, as layers want."""
+  mesh = meshes.current()
+  return tree if mesh is None else put(tree, batch(count, mesh))
+
+
 def whole(w: jax.Array) -> jax.Array:
   """A weight as its user needs it, gathered where it was stored in parts."""
   return put(w, jax.P())

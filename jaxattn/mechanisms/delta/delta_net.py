@@ -71,10 +71,14 @@ def attend(qkv, beta, tokens, memory, kernel):
 
 
 def _unit(x):
-  """Norm 1, in float32: a longer key would overshoot what it corrects."""
-  exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  square = jnp.sum(jnp.square(exact), axis=-1, keepdims=True)
-  return exact * jax.lax.rsqrt(square + 1e-6)
+  """Norm 1, in float32 or wider: a longer key would overshoot what it corrects."""
+  x = _exact(x)
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(square + 1e-6)
+
+
+def _exact(x):
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class DeltaNet(Mixer):
@@ -102,7 +106,7 @@ class DeltaNet(Mixer):
   def memory(self, batch, length, width, dtype):
     d = width // self.heads
     return {
-      'state': MatrixState.empty(batch, self.heads, d, d),
+      'state': MatrixState.empty(batch, self.heads, d, d, dtype),
       'tail': ConvTail.empty(batch, self.conv_taps, 3 * width, dtype),
     }
 
@@ -116,7 +120,7 @@ class DeltaNet(Mixer):
     o, memory = sequence.run(
       attend,
       linear(3 * width, 'qkv')(x),
-      jax.nn.sigmoid(linear(self.heads, 'beta')(x).astype(jnp.float32)),
+      jax.nn.sigmoid(_exact(linear(self.heads, 'beta')(x))),
       tokens,
       memory,
       weights=(kernel,),

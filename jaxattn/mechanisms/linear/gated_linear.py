@@ -114,7 +114,8 @@ class GatedLinear(Mixer):
   def memory(self, batch, length, width, dtype):
     keys, values = self.widths(width)
     h = self.heads
-    memory = {'state': MatrixState.empty(batch, h, keys // h, values // h)}
+    state = MatrixState.empty(batch, h, keys // h, values // h, dtype)
+    memory = {'state': state}
     if self.conv_taps:
       inputs = 2 * keys + values
       memory['tail'] = ConvTail.empty(batch, self.conv_taps, inputs, dtype)
@@ -130,7 +131,8 @@ class GatedLinear(Mixer):
     decay = linear((self.heads, keys // self.heads), 'decay_up', bias=True)(
       linear(self.rank, 'decay_down')(x)
     )
-    log_decay = jax.nn.log_sigmoid(decay.astype(jnp.float32)) / TEMPERATURE
+    exact = jnp.promote_types(decay.dtype, jnp.float32)
+    log_decay = jax.nn.log_sigmoid(decay.astype(exact)) / TEMPERATURE
     kernel = None
     if self.conv_taps:
       taps = ShortConv(self.conv_taps, self.policy, name='conv')

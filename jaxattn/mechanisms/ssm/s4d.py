@@ -85,7 +85,7 @@ class S4D(Mixer):
       )
 
   def memory(self, batch, length, width, dtype):
-    return VectorState.empty(batch, width, self.modes)
+    return VectorState.empty(batch, width, self.modes, dtype)
 
   @nn.compact
   def mix(self, x, tokens, memory, context, deterministic):

@@ -1,0 +1,300 @@
+"""Generation from any causal model: prompts in chunks, then token by token.
+
+Both phases use the one calling convention that all models share: a chunk of
+tokens and a state go in, logits and the next state come out.
+
+- Prefill cuts the prompts into chunks of one size. A row whose prompt has ended
+  is padded on the right, and pads leave its state alone, so rows of any lengths
+  stand side by side. Each row's logits are picked at its own last token.
+- A step is a chunk of one token without packing: each row continues from its
+  own clock. Rows that have ended take part until all have: what they write
+  reaches neither the result nor another row, and where nothing can be a pad
+  every engine takes its short way.
+
+Each phase is one program for each (rows, longest prompt rounded up to whole
+chunks, chunk, max_new); other prompts, keys, temperatures, k, p and end tokens
+are data.
+"""
+
+import functools
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattn.decode import sample
+from jaxattn.packing import Packing
+from jaxattn.parallel import mesh as meshes
+from jaxattn.parallel import place
+from jaxattn.typing import Array, Float, PerRow, PerToken, PyTree
+
+
+class Generated(NamedTuple):
+  """New tokens, without the prompts.
+
+  Attributes:
+    tokens: 'b t' with t = max_new, int32, `pad` after a row's end.
+    lengths: 'b', how many tokens of each row are new, its end token included.
+    logprobs: 'b t', float32, log-probability of each token by the model itself,
+      before temperature, top_k and top_p; 0 after a row's end.
+  """
+
+  tokens: PerToken
+  lengths: PerRow
+  logprobs: Float[Array, 'b t']
+
+
+def generate(
+  model: nn.Module,
+  params: PyTree,
+  prompts: Sequence[Any] | np.ndarray | Array,
+  *,
+  max_new: int,
+  lengths: Sequence[int] | np.ndarray | Array | None = None,
+  key: Array | None = None,
+  temperature: float = 1.0,
+  greedy: bool = False,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  end: int | Sequence[int] | None = None,
+  chunk: int = 128,
+  pad: int = 0,
+) -> Generated:
+  """Continues prompts by up to `max_new` tokens each.
+
+  Args:
+    model: a causal model such as `LM`: `apply` on ids 'b t' with a state, and
+      `init_state`.
+    params: what `model.init` returned.
+    prompts: rows of token ids, of any lengths; or one int array 'b t'.
+    max_new: how many tokens to add at most.
+    lengths: 'b', how many ids of each row of an array are prompt; all by
+      default.
+    key: a random key. Row r draws token i with the key folded with r and then
+      with i, so its draws do not depend on the other rows.
+    temperature: divides the logits; 0 takes the best token.
+    greedy: the same as temperature=0.
+    top_k: draw from the k best tokens only.
+    top_p: draw from the fewest best tokens that have this much mass only.
+    end: a token id, or several, after which a row stops.
+    chunk: tokens that prefill reads at a time. The state has room for the
+      longest prompt rounded up to whole chunks, and `max_new`.
+    pad: what stands after a row's end; any integer.
+
+  Returns:
+    Generated(tokens, lengths, logprobs).
+
+  Raises:
+    ValueError: no prompts, or an empty one; ids outside of the vocabulary;
+      sampling without a key; numbers out of range.
+  """
+  vocab = model.vocab
+  ids, lengths = _rows(prompts, lengths, vocab)
+  rules = _rules(temperature, greedy, top_k, top_p)
+  end = _end(end, vocab)
+  if max_new < 0:
+    raise ValueError(f'max_new={max_new} must not be negative')
+  if chunk < 1:
+    raise ValueError(f'chunk={chunk} must be at least 1')
+  if rules.temperature is not None and key is None:
+    raise ValueError(
+      f'temperature={temperature} draws at random: give '
+      'key=jax.random.key(seed), or temperature=0 for the best tokens'
+    )
+  if not isinstance(params, Mapping) or 'params' not in params:
+    raise ValueError(
+      "params must be what model.init returned, {'params': ...}, not "
+      f'{list(params) if isinstance(params, Mapping) else type(params)}'
+    )
+  if max_new == 0:
+    return _nothing(len(ids), 0, pad)
+  room = -ids.shape[1] % chunk
+  ids = np.pad(ids, ((0, 0), (0, room)))
+  state, logits = _prefill(
+    model, params, ids, lengths, chunk=chunk, capacity=ids.shape[1] + max_new
+  )
+  if rules.temperature is None:
+    key = None
+  generated, _ = _continue(
+    model, params, state, logits, rules, key, end, pad, max_new=max_new
+  )
+  return generated
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'chunk', 'capacity'))
+def _prefill(model, params, ids, lengths, *, chunk, capacity):
+  """The state after the prompts, and the logits of each row's last token."""
+  batch, length = ids.shape
+
+  def read(carry, inputs):
+    state, last = carry
+    ids, start = inputs
+    left = lengths - start
+    packing = Packing.from_lengths(
+      jnp.clip(left, 0, chunk), chunk, start=jnp.full_like(lengths, start)
+    )
+    logits, state = model.apply(
+      params, ids, packing, state=state, return_state=True
+    )
+    at = jnp.clip(left - 1, 0, chunk - 1)[:, None, None]
+    logits = place.whole(jnp.take_along_axis(logits, at, axis=1)[:, 0])
+    # Of the chunks in which a row has tokens, its last one writes last.
+    last = jnp.where((left > 0)[:, None], logits.astype(last.dtype), last)
+    return (state, last), None
+
+  carry = (
+    _spread(model.init_state(batch, capacity), batch),
+    jnp.zeros((batch, model.vocab), jnp.float32),
+  )
+  chunks = jnp.moveaxis(ids.reshape(batch, -1, chunk), 1, 0)
+  starts = jnp.arange(0, length, chunk, dtype=jnp.int32)
+  return jax.lax.scan(read, carry, (chunks, starts))[0]
+
+
+@functools.partial(
+  jax.jit, static_argnames=('model', 'max_new'), donate_argnames='state'
+)
+def _continue(model, params, state, logits, rules, key, end, pad, *, max_new):
+  """What is generated after `logits`, and the last state.
+
+  Nobody reads that state, but as a result it can be written into the donated
+  one: generation then holds one state, not two.
+  """
+  batch = logits.shape[0]
+  rows = jnp.arange(batch)
+  fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
+  if key is not None:
+    key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+
+  def take(i, logits, made, going):
+    """Chooses token number i, and notes it in the rows that have not ended."""
+    keys = None if key is None else fold(key, i)
+    token = sample.choose(logits, rules, keys)
+    logprob = jax.nn.log_softmax(logits)[rows, token]
+    note = lambda array, new: array.at[:, i].set(
+      jnp.where(going, new, array[:, i])
+    )
+    made = Generated(
+      note(made.tokens, token),
+      made.lengths + going,
+      note(made.logprobs, logprob),
+    )
+    ended = jnp.any(token[:, None] == end, axis=1)
+    return i + 1, token, made, going & ~ended
+
+  def more(carry):
+    _, (i, _, _, going) = carry
+    return (i < max_new) & jnp.any(going)
+
+  def step(carry):
+    state, (i, token, made, going) = carry
+    logits, state = model.apply(
+      params, token[:, None], state=state, return_state=True
+    )
+    logits = place.whole(logits[:, 0]).astype(jnp.float32)
+    return state, take(i, logits, made, going)
+
+  made = _nothing(batch, max_new, pad)
+  first = take(jnp.int32(0), logits, made, jnp.ones(batch, bool))
+  state, (_, _, made, _) = jax.lax.while_loop(more, step, (state, first))
+  return made, state
+
+
+def _nothing(batch, length, pad) -> Generated:
+  """No tokens yet."""
+  return Generated(
+    jnp.full((batch, length), pad, jnp.int32),
+    jnp.zeros(batch, jnp.int32),
+    jnp.zeros((batch, length), jnp.float32),
+  )
+
+
+def _spread(state: PyTree, batch: int) -> PyTree:
+  """Rows on the devices where layers leave them: the axis after the layers'."""
+  mesh = meshes.current()
+  if mesh is None:
+    return state
+  return place.put(state, jax.P(None, *place.batch(batch, mesh)))
+
+
+def _rows(prompts, lengths, vocab) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts as an int32 array, padded on the right, and their lengths."""
+  if hasattr(prompts, 'ndim'):
+    ids = np.asarray(prompts)
+    if ids.ndim != 2:
+      raise ValueError(
+        f'prompts must be rows of ids, (batch, time), not {ids.shape}'
+      )
+    rows = list(ids)
+    if lengths is not None:
+      lengths = np.asarray(lengths)
+      if lengths.shape != ids.shape[:1]:
+        raise ValueError(
+          f'lengths {lengths.shape} must be one number for each of the '
+          f'{len(ids)} prompts'
+        )
+      for row, length in enumerate(lengths):
+        if not 0 <= length <= ids.shape[1]:
+          raise ValueError(
+            f'lengths[{row}]={length}, but the prompts have {ids.shape[1]} ids'
+          )
+      rows = [row[:length] for row, length in zip(ids, lengths)]
+  elif lengths is not None:
+    raise ValueError(
+      'lengths belong to prompts in one array; a list has its own'
+    )
+  else:
+    rows = [np.asarray(row) for row in prompts]
+  if not rows:
+    raise ValueError('there are no prompts')
+  for i, row in enumerate(rows):
+    if row.ndim != 1:
+      raise ValueError(f'prompts[{i}] must be a row of ids, not {row}')
+    if row.size == 0:
+      raise ValueError(
+        f'prompts[{i}] is empty: a model continues tokens, so begin with a '
+        'start token'
+      )
+    _check_ids(f'prompts[{i}]', row, vocab)
+  ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+  for i, row in enumerate(rows):
+    ids[i, : len(row)] = row
+  return ids, np.array([len(row) for row in rows], np.int32)
+
+
+def _rules(temperature, greedy, top_k, top_p) -> sample.Rules:
+  if not 0 <= temperature < math.inf:
+    raise ValueError(
+      f'temperature={temperature} must be a number of at least 0'
+    )
+  if top_k is not None and (
+    not isinstance(top_k, numbers.Integral) or top_k < 1
+  ):
+    raise ValueError(f'top_k={top_k} must be an integer of at least 1')
+  if top_p is not None and not 0 < top_p <= 1:
+    raise ValueError(f'top_p={top_p} must be in (0, 1]')
+  if greedy or temperature == 0:
+    return sample.Rules()
+  return sample.Rules(float(temperature), top_k, top_p)
+
+
+def _end(end, vocab) -> np.ndarray:
+  """End tokens as an array, of length 0 if there are none."""
+  end = np.asarray([] if end is None else end).reshape(-1)
+  _check_ids('end', end, vocab)
+  return end.astype(np.int32)
+
+
+def _check_ids(name, ids, vocab) -> None:
+  if ids.size and not np.issubdtype(ids.dtype, np.integer):
+    raise ValueError(f'{name} has ids of type {ids.dtype}, not integers')
+  wrong = ids[(ids < 0) | (ids >= vocab)]
+  if wrong.size:
+    raise ValueError(
+      f'{name} holds the id {wrong[0]}, but the vocabulary is 0 to {vocab - 1}'
+    )
