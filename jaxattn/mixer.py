@@ -125,7 +125,7 @@ class Mixer(nn.Module):
 
   def __call__(
     self,
-    x: Stream,
+    x: Array,  # 'b t m'; another shape gets a message that says so
     packing: Packing | None = None,
     *,
     state: State | None = None,

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
 class Side(NamedTuple):
@@ -47,17 +48,17 @@ class Range(NamedTuple):
 class Mask:
   """A predicate on (query, key); combine with `&`, `|` and `~`."""
 
-  def __call__(self, query: Side, key: Side) -> jax.Array:
+  def __call__(self, query: Side, key: Side) -> ArrayLike:
     """True where the query sees the key, of the sides' broadcast shape."""
     raise NotImplementedError(
       f'{type(self).__name__} does not say what it sees'
     )
 
-  def empty(self, query: Range, key: Range) -> jax.Array:
+  def empty(self, query: Range, key: Range) -> ArrayLike:
     """True only where no query in the range sees any key in the range."""
     return np.False_
 
-  def full(self, query: Range, key: Range) -> jax.Array:
+  def full(self, query: Range, key: Range) -> ArrayLike:
     """True only where every query in the range sees every key in the range."""
     return np.False_
 
@@ -205,7 +206,7 @@ class Tokens(NamedTuple):
   segments: jax.Array | None = None  # 0 is padding; None: all are in segment 1
 
 
-def sees(mask: Mask, query: Tokens, key: Tokens) -> jax.Array:
+def sees(mask: Mask, query: Tokens, key: Tokens) -> ArrayLike:
   """True where the query sees the key; their arrays broadcast, as in Side."""
   seen = mask(query.side, key.side)
   if key.segments is not None:
@@ -246,7 +247,7 @@ def extent(tokens: Tokens) -> Extent:
 
 def judge(
   mask: Mask, query: Extent, key: Extent
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[ArrayLike, ArrayLike]:
   """Which tiles are surely empty, and which of the others are surely full."""
   empty = mask.empty(query.range, key.range)
   # A block of padding alone has min > max, so its tiles are empty.

@@ -12,11 +12,12 @@ angles only, hence the difference of the two positions.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
 def rotate(
   x: jax.Array,
-  positions: jax.Array,
+  positions: ArrayLike,
   *,
   base: float = 10000.0,
   width: int | None = None,

@@ -13,11 +13,11 @@ Two such triples over disjoint sets of keys merge into that of their union, so
 keys may be read in any order, in blocks, on many devices. In the end o / l is
 the attention and m + log l the log-sum-exp (lse) of the scores.
 
-`attention` folds `merge` over tiles of block_q queries by block_k keys. The
-ranges of orders and segments in a tile tell whether it is empty (skipped), full
-(no mask needed) or mixed. Its gradient is written by hand: it keeps o / l, m and
-l only, and computes each tile again. Let o now be normalised, o = sum_j p_j v_j
-with p_j = exp(x_j - m) / l. With do and dl the gradients of o and l,
+`attention` folds `merge` over tiles of block_q queries by block_k keys. Ranges
+of orders and segments tell whether a tile is empty (skipped), full (no mask is
+needed) or mixed. Its gradient is written by hand: it keeps m, l and finished o,
+and computes each tile again. With o = sum_j p_j v_j, p_j = exp(x_j - m) / l, do
+and dl the gradients of o and l,
 
   dv_j = p_j do
   dx_j = p_j (do . v_j - do . o + l dl)
@@ -39,16 +39,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
-from jaxattn.core.masks import (
-  Everything,
-  Mask,
-  Side,
-  Tokens,
-  extent,
-  judge,
-  sees,
-)
+from jaxattn.core import masks
+from jaxattn.core.masks import Everything, Mask, Side, Tokens
 
 EVERYTHING = Everything()
 
@@ -57,7 +51,7 @@ class Partial(NamedTuple):
   """Attention to some of the keys; (-inf, 0, 0) is attention to none.
 
   (m, l, o) and (m + c, l exp(-c), o exp(-c)) mean the same. All functions here
-  respect that, so gradients hold m constant: what follows from l and o is whole.
+  respect that; so they may hold m constant in a gradient, which loses nothing.
   """
 
   m: jax.Array  # b t h: a reference for the scores, to keep exp in range
@@ -96,12 +90,12 @@ def attention(
   v: jax.Array,
   *,
   mask: Mask = EVERYTHING,
-  query_order: jax.Array | None = None,
-  key_order: jax.Array | None = None,
-  query_segments: jax.Array | None = None,
-  key_segments: jax.Array | None = None,
-  query_tags: dict[str, jax.Array] | None = None,
-  key_tags: dict[str, jax.Array] | None = None,
+  query_order: ArrayLike | None = None,
+  key_order: ArrayLike | None = None,
+  query_segments: ArrayLike | None = None,
+  key_segments: ArrayLike | None = None,
+  query_tags: dict[str, ArrayLike] | None = None,
+  key_tags: dict[str, ArrayLike] | None = None,
   scale: float | None = None,
   softcap: float | None = None,
   block_q: int | None = None,
@@ -149,15 +143,13 @@ def attention(
   block_q = _block('block_q', block_q, t, side)
   block_k = _block('block_k', block_k, s, max(side, side**2 // block_q))
   if t == 0 or s == 0:
-    o, m, total = _results(_whole(rule, q, k, v, query, key))
+    o, m, total = _plain(rule, q, k, v, query, key)
   else:
-    if s % block_k:  # the last block of keys will hold padding
+    if s % block_k:  # the last block will hold padding, which nobody may see
       query, key = _one_segment(query), _one_segment(key)
     rule = dataclasses.replace(rule, block_q=block_q, block_k=block_k)
     o, m, total = _attend(rule, *_alike(q, k, v, (query, key)), query, key)
-  if return_partial:
-    return Partial(m, total, total[..., None] * o)
-  return o.astype(q.dtype)
+  return Partial(m, total, total[..., None] * o) if return_partial else o
 
 
 def dense(
@@ -166,12 +158,12 @@ def dense(
   v: jax.Array,
   *,
   mask: Mask = EVERYTHING,
-  query_order: jax.Array | None = None,
-  key_order: jax.Array | None = None,
-  query_segments: jax.Array | None = None,
-  key_segments: jax.Array | None = None,
-  query_tags: dict[str, jax.Array] | None = None,
-  key_tags: dict[str, jax.Array] | None = None,
+  query_order: ArrayLike | None = None,
+  key_order: ArrayLike | None = None,
+  query_segments: ArrayLike | None = None,
+  key_segments: ArrayLike | None = None,
+  query_tags: dict[str, ArrayLike] | None = None,
+  key_tags: dict[str, ArrayLike] | None = None,
   scale: float | None = None,
   softcap: float | None = None,
   return_partial: bool = False,
@@ -185,8 +177,8 @@ def dense(
     (query_order, query_segments, query_tags),
     (key_order, key_segments, key_tags),
   )
-  partial = _whole(rule, q, k, v, query, key)
-  return partial if return_partial else finish(partial)[0].astype(q.dtype)
+  o, m, total = _plain(rule, q, k, v, query, key)
+  return Partial(m, total, total[..., None] * o) if return_partial else o
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,10 +191,6 @@ class _Rule:
   dtype: np.dtype  # of o
   block_q: int = 0
   block_k: int = 0
-
-  def trivial(self, key):
-    """Whatever the data, every query sees every key."""
-    return isinstance(self.mask, Everything) and key.segments is None
 
 
 def _problem(q, k, v, mask, scale, softcap, return_partial, query, key):
@@ -277,6 +265,27 @@ def _alike(q, k, v, tokens):
   return tuple(x + zero.astype(x.dtype) for x in (q, k, v))
 
 
+def _plain(rule, q, k, v, query, key):
+  """Finished o, m and l."""
+  dtype, g = _accumulator(q), q.shape[2] // k.shape[2]
+  q, k, v = (
+    q.astype(dtype),
+    *(jnp.repeat(x, g, 2).astype(dtype) for x in (k, v)),
+  )
+  scores = rule.scale * jnp.einsum('bthd,bshd->bhts', q, k)
+  if rule.softcap is not None:
+    scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+  query = jax.tree.map(lambda x: x[:, None, :, None], query)
+  key = jax.tree.map(lambda x: x[:, None, None, :], key)
+  scores = jnp.where(masks.sees(rule.mask, query, key), scores, -jnp.inf)
+  m = lax.stop_gradient(jnp.max(scores, -1, keepdims=True, initial=-jnp.inf))
+  p = jnp.exp(scores - _finite(m))
+  total = p.sum(-1, keepdims=True)
+  o = jnp.einsum('bhts,bshe->bthe', p / jnp.where(total == 0, 1, total), v)
+  m, total = (jnp.swapaxes(x[..., 0], 1, 2) for x in (m, total))
+  return o.astype(rule.dtype), m, total
+
+
 def _tile(rule, queries, keys, masked):
   """Attention of queries `b k r d` to keys `b k s d`."""
   (q, query), (k, v, key) = queries, keys
@@ -288,15 +297,19 @@ def _tile(rule, queries, keys, masked):
   if masked:
     query = jax.tree.map(lambda x: x[:, None, :, None], query)
     key = jax.tree.map(lambda x: x[:, None, None, :], key)
-    scores = jnp.where(sees(rule.mask, query, key), scores, -jnp.inf)
-  m = lax.stop_gradient(jnp.max(scores, -1, initial=-jnp.inf))
+    scores = jnp.where(masks.sees(rule.mask, query, key), scores, -jnp.inf)
+  m = jnp.max(scores, -1)
   p = jnp.exp(scores - _finite(m)[..., None])
   return Partial(m, p.sum(-1), jnp.einsum('bkrs,bkse->bkre', p, v))
 
 
-def _tile_gradient(rule, queries, keys, masked):
-  """dq, dk and dv of a tile, where do and delta are already divided by l."""
-  (q, do, m, delta, query), (k, v, key) = queries, keys
+def _tile_gradient(rule, queries, keys, masked, alone=False):
+  """dq, dk and dv of a tile; delta is do . o - l dl, share is 1 / l.
+
+  Alone, with all keys in it, the tile computes do . o = sum_j p_j (do . v_j)
+  itself: where p_j is nearly 1 the rounding errors of dx_j then cancel.
+  """
+  (q, do, m, share, delta, query), (k, v, key) = queries, keys
   dtype = _accumulator(q)
   q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
   scores = jnp.einsum('bksd,bkrd->bksr', k, q)
@@ -306,10 +319,12 @@ def _tile_gradient(rule, queries, keys, masked):
   if masked:
     query = jax.tree.map(lambda x: x[:, None, None, :], query)
     key = jax.tree.map(lambda x: x[:, None, :, None], key)
-    scores = jnp.where(sees(rule.mask, query, key), scores, -jnp.inf)
-  p = jnp.exp(scores - m[:, :, None])  # times l
+    scores = jnp.where(masks.sees(rule.mask, query, key), scores, -jnp.inf)
+  p = jnp.exp(scores - m[:, :, None]) * share[:, :, None]
   dv = jnp.einsum('bksr,bkre->bkse', p, do)
   dp = jnp.einsum('bkse,bkre->bksr', v, do)
+  if alone:
+    delta += jnp.sum(p * dp, 2)
   dx = p * (dp - delta[:, :, None])
   if rule.softcap is not None:
     dx *= 1 - capped**2
@@ -327,24 +342,10 @@ def _finite(m):
   return jnp.where(m == -jnp.inf, 0, m)
 
 
-def _whole(rule, q, k, v, query, key):
-  """All queries and all keys as one tile; a Partial in public order."""
-  (t, h), (s, heads) = q.shape[1:3], k.shape[1:3]
-  queries = _blocks(q, t, heads)[0], _rows(query, h // heads)
-  keys = _blocks(k, s)[0], _blocks(v, s)[0], key
-  partial = _tile(rule, queries, keys, not rule.trivial(key))
-  return jax.tree.map(lambda x: _unblocks(x[None], t, h), partial)
-
-
-def _rows(tokens, g):
-  """Tokens `... t` as rows `... (g t)`."""
-  return jax.tree.map(lambda x: jnp.tile(x, g), tokens)
-
-
 def _blocks(x, block, k=None):
   """`b t h ...` to `n b k r ...`: n blocks of rows r = (g c), for h = (k g)."""
   b, t, h, *rest = x.shape
-  n, g = math.ceil(t / block) if t else 1, h // (k or h)
+  n, g = math.ceil(t / block), h // (k or h)
   x = jnp.pad(x, [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2))
   # One axis at a time: so batch and heads may be sharded in Explicit mode.
   x = x.reshape(b, n, block, h, *rest).reshape(b, n, block, h // g, g, *rest)
@@ -381,7 +382,9 @@ def _fold(rule, visit, carry, query, keys):
   batch. The full ones are visited first, those that need the mask second, in
   two loops: a branch in a single loop would copy what it returns.
   """
-  empty, full = judge(rule.mask, query, keys)
+  if len(keys.uniform) == 1:
+    return visit(0, carry, True)
+  empty, full = masks.judge(rule.mask, query, keys)
   kind = jnp.where(empty.all(-1), 2, jnp.where(full.all(-1), 0, 1))
   order = jnp.argsort(kind, stable=True)
   unmasked, seen = jnp.sum(kind == 0), jnp.sum(kind < 2)
@@ -398,12 +401,16 @@ def _arrange(rule, like_q, like_k, query, key):
   heads = like_k[0].shape[2]
   queries = [_blocks(x, rule.block_q, heads) for x in like_q]
   keys = [_blocks(x, rule.block_k) for x in like_k]
-  query, key = (
-    _token_blocks(query, rule.block_q),
-    _token_blocks(key, rule.block_k),
-  )
-  rows = _rows(query, like_q[0].shape[2] // heads)
-  return (*queries, rows), (*keys, key), extent(query), extent(key)
+  query = _token_blocks(query, rule.block_q)
+  key = _token_blocks(key, rule.block_k)
+  g = like_q[0].shape[2] // heads
+  rows = jax.tree.map(lambda x: jnp.tile(x, g), query)
+  return (*queries, rows), (*keys, key), masks.extent(query), masks.extent(key)
+
+
+def _scan(f, carry, blocks):
+  """A loop over blocks, unless there is only one."""
+  return lax.scan(f, carry, blocks, unroll=len(blocks[0][0]) == 1)
 
 
 def _at(blocks, j):
@@ -417,17 +424,12 @@ def _add_at(blocks, j, more):
   return lax.dynamic_update_index_in_dim(blocks, more, j, 0)
 
 
-def _results(partial):
-  """What the gradient needs, o / l, m and l."""
-  return finish(partial)[0], partial.m, partial.l
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(rule, q, k, v, query, key):
-  """The results, in public order."""
+  """The finished o, m and l."""
   queries, keys, extents, key_extents = _arrange(rule, [q], [k, v], query, key)
 
-  def read(block):
+  def read(_, block):
     queries, extent = block
 
     def visit(j, partial, masked):
@@ -436,29 +438,26 @@ def _forward(rule, q, k, v, query, key):
     zero = jnp.zeros_like(queries[0][..., 0], _accumulator(q))
     zeros = zero[..., None] + jnp.zeros(v.shape[-1], zero.dtype)
     nothing = Partial(jnp.full_like(zero, -jnp.inf), zero, zeros)
-    return _results(_fold(rule, visit, nothing, extent, key_extents))
+    partial = _fold(rule, visit, nothing, extent, key_extents)
+    o, _ = finish(partial)
+    return None, (o.astype(rule.dtype), partial.m, partial.l)
 
-  if len(queries[0]) == len(keys[0]) == 1:
-    queries, keys = _at((queries, keys), 0)
-    tile = _results(_tile(rule, queries, keys, not rule.trivial(key)))
-    blocks = jax.tree.map(lambda x: x[None], tile)
-  else:
-    blocks = lax.map(read, (queries, extents))
-  o, m, total = (_unblocks(x, *q.shape[1:3]) for x in blocks)
-  return o.astype(rule.dtype), m, total
+  _, blocks = _scan(read, None, (queries, extents))
+  return tuple(_unblocks(x, *q.shape[1:3]) for x in blocks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(rule, q, k, v, query, key, o, m, total, do, dm, dtotal):
   """dq, dk and dv; m is a constant."""
   dtype = _accumulator(q)
-  # Where nothing was seen, m = inf makes p zero, not NaN.
-  m = jnp.where(total == 0, jnp.inf, m)
-  do = do.astype(dtype) / jnp.where(total == 0, 1, total)[..., None]
-  delta = jnp.sum(do * o, -1) - dtotal
-  along_q = [q, do, m, delta]
+  do, delta = do.astype(dtype), -total * dtotal
+  alone = k.shape[1] <= rule.block_k
+  if not alone:
+    delta += jnp.sum(do * o, -1)
+  unseen = total == 0
+  m, share = jnp.where(unseen, jnp.inf, m), 1 / jnp.where(unseen, 1, total)
   queries, keys, extents, key_extents = _arrange(
-    rule, along_q, [k, v], query, key
+    rule, [q, do, m, share, delta], [k, v], query, key
   )
 
   def read(totals, block):
@@ -466,20 +465,15 @@ def _backward(rule, q, k, v, query, key, o, m, total, do, dm, dtotal):
 
     def visit(j, carry, masked):
       dq, dk, dv = carry
-      more = _tile_gradient(rule, queries, _at(keys, j), masked)
+      more = _tile_gradient(rule, queries, _at(keys, j), masked, alone)
       return dq + more[0], _add_at(dk, j, more[1]), _add_at(dv, j, more[2])
 
     carry = jnp.zeros_like(queries[0], dtype), *totals
     dq, *totals = _fold(rule, visit, carry, extent, key_extents)
     return tuple(totals), dq
 
-  if len(queries[0]) == len(keys[0]) == 1:
-    queries, keys = _at((queries, keys), 0)
-    tile = _tile_gradient(rule, queries, keys, not rule.trivial(key))
-    dq, dk, dv = jax.tree.map(lambda x: x[None], tile)
-  else:
-    totals = tuple(jnp.zeros_like(x, dtype) for x in keys[:2])
-    (dk, dv), dq = lax.scan(read, totals, (queries, extents))
+  totals = tuple(jnp.zeros_like(x, dtype) for x in keys[:2])
+  (dk, dv), dq = _scan(read, totals, (queries, extents))
   return tuple(
     _unblocks(dx, *x.shape[1:3]).astype(x.dtype)
     for x, dx in ((q, dq), (k, dk), (v, dv))

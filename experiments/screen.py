@@ -1,0 +1,115 @@
+"""What an ablation shows meanwhile: bars in a terminal, else plain lines."""
+
+import time
+from statistics import fmean
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+EVERY = 10.0  # seconds between the lines of a run where there is no terminal
+
+
+class Screen:
+  """Progress over the cells of an ablation and within the one that runs.
+
+  with Screen(console, cells) as screen:
+    screen.start(cell)
+    fit(..., progress=screen.step)
+    screen.finish(...)
+
+  The time left of a cell to come is the mean of those that ran on its task, or
+  of all that ran.
+  """
+
+  def __init__(self, console: Console, todo: list):
+    self.console = console
+    self.todo = list(todo)  # those that are neither finished nor running
+    self.count = len(self.todo)
+    self.seconds: dict[str, list[float]] = {}  # task -> of the cells that ran
+    self.bars = Progress(
+      TextColumn('{task.description}'),
+      BarColumn(bar_width=10),
+      TextColumn('{task.fields[text]}'),
+      console=console,
+      disable=not console.is_terminal,
+    )
+    self.all = self.bars.add_task('all cells', total=self.count or 1, text='')
+    self.one = self.bars.add_task('', total=1, text='', visible=False)
+
+  def __enter__(self):
+    self.bars.start()
+    return self
+
+  def __exit__(self, *_):
+    self.bars.stop()
+
+  def start(self, cell) -> None:
+    self.todo.remove(cell)
+    self.cell = cell
+    self.began = self.told = time.monotonic()
+    self.first = None  # step and time of the first report: compiled by then
+    self.number = self.count - len(self.todo)
+    self.title = f'[{self.number}/{self.count}] {cell.name}'
+    self.console.print(f'{self.title}: starts', markup=False, highlight=False)
+    self.bars.update(
+      self.one,
+      description=f'{cell.task} {cell.mechanism}',
+      completed=0,
+      text='compiles',
+      visible=True,
+    )
+
+  def step(self, step: int, steps: int, metrics: dict) -> None:
+    """What `fit` reports to."""
+    now = time.monotonic()
+    self.first = self.first or (step, now)
+    text, left = f'{step}/{steps}', None
+    if step > self.first[0]:
+      rate = (step - self.first[0]) / (now - self.first[1])
+      left = (steps - step) / rate
+      text += f'  {rate:.1f} steps/s'
+    if 'loss' in metrics:
+      text += f'  loss {metrics["loss"]:.3f}'
+    if left is not None:
+      text += f'  {clock(left)} left'
+    whole = self._left(now, left)
+    over = '' if whole is None else f'{clock(whole)} left'
+    self.bars.update(self.one, completed=step, total=steps, text=text)
+    self.bars.update(
+      self.all, completed=self.number - 1 + step / steps, text=over
+    )
+    if not self.console.is_terminal and now - self.told > EVERY:
+      self.told = now
+      line = f'{self.title}: {text}' + (f'  (all: {over})' if over else '')
+      self.console.print(line, markup=False, highlight=False)
+
+  def finish(self, text: str) -> None:
+    seconds = time.monotonic() - self.began
+    self.seconds.setdefault(self.cell.task, []).append(seconds)
+    self.bars.update(self.all, completed=self.number)
+    self.bars.update(self.one, visible=False)
+    line = f'{self.title}: {text}, {clock(seconds)}'
+    self.console.print(line, markup=False, highlight=False)
+
+  def _left(self, now: float, left: float | None) -> float | None:
+    """Seconds until all is done, if there is anything to go by."""
+    known = {task: list(took) for task, took in self.seconds.items()}
+    if left is not None:
+      took = now - self.began + left
+      known.setdefault(self.cell.task, []).append(took)
+    if not known:
+      return None
+    every = [seconds for took in known.values() for seconds in took]
+    todo = sum(fmean(known.get(cell.task, every)) for cell in self.todo)
+    return (left or 0) + todo
+
+
+def clock(seconds: float) -> str:
+  """1:05, or 1:02:05."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return (
+    f'{hours}:{minutes:02}:{seconds:02}'
+    if hours
+    else (f'{minutes}:{seconds:02}')
+  )

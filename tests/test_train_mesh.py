@@ -1,0 +1,177 @@
+"""Training over eight simulated devices equals training on one.
+
+All of it runs in one process of its own, since a process chooses once how many
+devices it simulates: this file, run as a program, prints what it found.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxattn.models.lm import LM
+from jaxattn.parallel import mesh as meshes
+from jaxattn.tasks.mqar import MQAR
+from jaxattn.train import build, checkpoint, optimizer, step
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MECHANISMS = ('multi_head', 'gated_linear')
+STEPS = 5
+CONFIG = {
+  'steps': STEPS,
+  'batch': 16,
+  'accumulate': 2,
+  'task': {
+    'name': 'mqar',
+    'vocab': 64,
+    'length': 16,
+    'pairs': 2,
+    'test_rows': 24,
+  },
+  # Wide enough for weights to be split: small ones stay whole.
+  'model': {'width': 64, 'depth': 2, 'mixer': 'multi_head', 'hidden': 64},
+  'optimizer': {'schedule': {'name': 'constant', 'peak': 1e-3}},
+}
+
+
+class Uneven(MQAR):
+  """Rows of different weight: means over shards are not the mean over all."""
+
+  def batch(self, split, step, rows):
+    batch = super().batch(split, step, rows)
+    scale = (1.0 + np.asarray(rows)[:, None]).astype(np.float32)
+    return dataclasses.replace(batch, weights=batch.weights * scale)
+
+
+def over(mesh, mixer, workdir=None):
+  """Five steps on a mesh: losses, scores, and where weights lie.
+
+  With a workdir the state goes to disk and back before the last step.
+  """
+  config = build.complete(CONFIG)
+  config['model']['mixer'] = mixer
+  task, model = build.build(config)
+  task = Uneven(**dataclasses.asdict(task))
+  update, rate = optimizer.make(STEPS, **config['optimizer'])
+  losses = []
+  with jax.set_mesh(mesh):
+    feed = step.Feed(task, config['batch'], config['accumulate'], mesh)
+    made = step.programs(model, feed, update, rate, seed=1)
+    state = made.init()
+    for i in range(STEPS):
+      if workdir and i == STEPS - 1:
+        checkpoint.claim(workdir, config, task)
+        store = checkpoint.Store(workdir, better=task.better)
+        store.save(i, state, 0.5)
+        state = store.newest(made.shapes)
+        store.close()
+      state, metrics = made.train(state, feed.train(i))
+      losses.append(float(metrics['loss'][0] / metrics['loss'][1]))
+    pairs = made.evaluate(state.variables(), feed.test(1))
+    moments = state.opt_state[1][0].mu
+    share = lambda w: w.addressable_shards[0].data.size / w.size
+    return {
+      'losses': losses,
+      'grad_norm': float(metrics['grad_norm']),
+      'scores': {k: [float(x) for x in pair] for k, pair in pairs.items()},
+      'compiled': made.train._cache_size(),
+      'split': {
+        name: [share(w), share(m)]
+        for (name, w), m in zip(
+          checkpoint._flat(state.params).items(), jax.tree.leaves(moments)
+        )
+      },
+    }
+
+
+def main(workdir):
+  one = jax.make_mesh(
+    (1, 1, 1),
+    meshes.AXES,
+    axis_types=(meshes.TYPES['explicit'],) * 3,
+    devices=jax.devices()[:1],
+  )
+  found = {}
+  for mixer in MECHANISMS:
+    found[mixer] = {
+      'one': over(one, mixer),
+      'explicit': over(meshes.make(), mixer, f'{workdir}/{mixer}'),
+      'auto': over(meshes.make(axis_types='auto'), mixer),
+    }
+  try:
+    step.Feed(MQAR(), 12, 1, meshes.make())
+  except ValueError as error:
+    found['uneven'] = str(error)
+  print(json.dumps(found))
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('mesh')
+  flags = '--xla_force_host_platform_device_count=8'
+  cache = jax.config.jax_compilation_cache_dir
+  ran = subprocess.run(
+    [sys.executable, '-m', 'tests.test_train_mesh', str(workdir)],
+    cwd=ROOT,
+    env={
+      **os.environ,
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': flags,
+      **({'JAX_COMPILATION_CACHE_DIR': cache} if cache else {}),
+    },
+    capture_output=True,
+    text=True,
+  )
+  assert ran.returncode == 0, ran.stderr
+  return json.loads(ran.stdout) | {'workdir': workdir}
+
+
+@pytest.mark.parametrize('mixer', MECHANISMS)
+@pytest.mark.parametrize('mode', ['explicit', 'auto'])
+class TestMesh:
+  def test_losses_are_those_of_one_device(self, found, mixer, mode):
+    one, eight = found[mixer]['one'], found[mixer][mode]
+    assert len(set(one['losses'])) == STEPS
+    np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-5)
+    assert eight['grad_norm'] == pytest.approx(one['grad_norm'], rel=1e-3)
+
+  def test_scores_are_those_of_one_device(self, found, mixer, mode):
+    one, eight = found[mixer]['one'], found[mixer][mode]
+    for name, pair in one['scores'].items():
+      np.testing.assert_allclose(eight['scores'][name], pair, rtol=1e-4)
+
+  def test_weights_and_moments_are_split(self, found, mixer, mode):
+    split = found[mixer][mode]['split']
+    kernels = {name for name in split if name.endswith(('kernel', 'table'))}
+    parts = {name for name, share in split.items() if share == [1 / 8, 1 / 8]}
+    whole = {name for name, share in split.items() if share == [1, 1]}
+    assert parts | whole == set(split)
+    assert parts <= kernels
+    assert len(parts) >= 6
+    assert set(found[mixer]['one']['split']) == set(split)
+
+  def test_the_step_is_compiled_once(self, found, mixer, mode):
+    assert found[mixer][mode]['compiled'] == 1
+
+
+@pytest.mark.parametrize('mixer', MECHANISMS)
+def test_a_model_of_eight_devices_loads_on_one(found, mixer):
+  loaded = checkpoint.load(found['workdir'] / mixer)
+  assert isinstance(loaded.model, LM)
+  for leaf in jax.tree.leaves(loaded.params):
+    assert len(leaf.sharding.device_set) == 1
+
+
+def test_rows_that_do_not_divide_are_refused(found):
+  assert 'batch=12' in found['uneven']
+  assert 'data=8' in found['uneven']
+
+
+if __name__ == '__main__':
+  main(sys.argv[1])
