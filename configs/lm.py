@@ -3,7 +3,9 @@
   python -m experiments.train --workdir=runs/gla \\
       --config=configs/lm.py:gated_linear,size=small
 
-(to be measured)
+Measured once, seed 0, on two CPU cores that did other work besides, with the
+library of Python 3.11: 10 minutes, 1.99 bits per byte (uniform: 8), accuracy
+0.634. Undisturbed it makes about 2 steps a second, which is 5 minutes.
 
 After the colon stands the structure, in any order, divided by commas:
 

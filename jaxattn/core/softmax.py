@@ -23,7 +23,8 @@ and dl the gradients of o and l,
   dx_j = p_j (do . v_j - do . o + l dl)
 
 for dp_i/dx_j = p_i (1[i=j] - p_j) and dl/dx_j = l p_j, if m is held constant.
-Both directions take memory linear in the lengths.
+Both directions take memory linear in the lengths. Only what is shorter than a
+tile is left to the plain formula and to JAX's gradient of it.
 
 Inside, the queries of the g heads that share a key head are rows r = (g t) of
 one matrix `b k r d`, beside the keys `b k s d`. Scores are `b k r s` forward
@@ -104,8 +105,8 @@ def attention(
 ) -> jax.Array | Partial:
   """softmax(mask(scale q k^T)) v, in memory linear in t and s.
 
-  All inputs must be finite, masked or not. Only reverse mode differentiates it;
-  `dense` serves forward mode.
+  All inputs must be finite, masked or not. Differentiate it in reverse mode;
+  `dense` serves forward mode and second order.
 
   Args:
     q: queries, `b t h d`.
@@ -137,12 +138,10 @@ def attention(
     (key_order, key_segments, key_tags),
   )
   (b, t, h, _), s = q.shape, k.shape[1]
-  side = 512  # or less, for the tiles of all heads to fit a CPU's cache
-  while side > 64 and b * h * side**2 > 2**20:
-    side //= 2
+  side = _side(b * h, max(t, s))
   block_q = _block('block_q', block_q, t, side)
   block_k = _block('block_k', block_k, s, max(side, side**2 // block_q))
-  if t == 0 or s == 0:
+  if 0 in (t, s) or (t <= block_q and s <= min(block_k, side)):
     o, m, total = _plain(rule, q, k, v, query, key)
   else:
     if s % block_k:  # the last block will hold padding, which nobody may see
@@ -245,6 +244,19 @@ def _one_segment(tokens):
   return tokens._replace(segments=jnp.ones_like(tokens.side.order))
 
 
+def _side(heads, length):
+  """The side of a tile: what keeps a CPU busy and, over all heads, in cache.
+
+  Cut in four or more, a causal sequence has tiles to skip.
+  """
+  side = 512
+  while side > 128 and 4 * side > length:
+    side //= 2
+  while side > 64 and heads * side**2 > 2**20:
+    side //= 2
+  return side
+
+
 def _block(name, block, length, default):
   if block is None:  # blocks of equal size need the least padding
     block = math.ceil(length / math.ceil(max(1, length) / default))
@@ -268,11 +280,8 @@ def _alike(q, k, v, tokens):
 def _plain(rule, q, k, v, query, key):
   """Finished o, m and l."""
   dtype, g = _accumulator(q), q.shape[2] // k.shape[2]
-  q, k, v = (
-    q.astype(dtype),
-    *(jnp.repeat(x, g, 2).astype(dtype) for x in (k, v)),
-  )
-  scores = rule.scale * jnp.einsum('bthd,bshd->bhts', q, k)
+  k, v = (jnp.repeat(x.astype(dtype), g, axis=2) for x in (k, v))
+  scores = rule.scale * jnp.einsum('bthd,bshd->bhts', q.astype(dtype), k)
   if rule.softcap is not None:
     scores = rule.softcap * jnp.tanh(scores / rule.softcap)
   query = jax.tree.map(lambda x: x[:, None, :, None], query)
@@ -303,12 +312,8 @@ def _tile(rule, queries, keys, masked):
   return Partial(m, p.sum(-1), jnp.einsum('bkrs,bkse->bkre', p, v))
 
 
-def _tile_gradient(rule, queries, keys, masked, alone=False):
-  """dq, dk and dv of a tile; delta is do . o - l dl, share is 1 / l.
-
-  Alone, with all keys in it, the tile computes do . o = sum_j p_j (do . v_j)
-  itself: where p_j is nearly 1 the rounding errors of dx_j then cancel.
-  """
+def _tile_gradient(rule, queries, keys, masked):
+  """dq, dk and dv of a tile; delta is do . o - l dl, and share is 1 / l."""
   (q, do, m, share, delta, query), (k, v, key) = queries, keys
   dtype = _accumulator(q)
   q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
@@ -323,8 +328,6 @@ def _tile_gradient(rule, queries, keys, masked, alone=False):
   p = jnp.exp(scores - m[:, :, None]) * share[:, :, None]
   dv = jnp.einsum('bksr,bkre->bkse', p, do)
   dp = jnp.einsum('bkse,bkre->bksr', v, do)
-  if alone:
-    delta += jnp.sum(p * dp, 2)
   dx = p * (dp - delta[:, :, None])
   if rule.softcap is not None:
     dx *= 1 - capped**2
@@ -450,10 +453,8 @@ def _forward(rule, q, k, v, query, key):
 def _backward(rule, q, k, v, query, key, o, m, total, do, dm, dtotal):
   """dq, dk and dv; m is a constant."""
   dtype = _accumulator(q)
-  do, delta = do.astype(dtype), -total * dtotal
-  alone = k.shape[1] <= rule.block_k
-  if not alone:
-    delta += jnp.sum(do * o, -1)
+  do = do.astype(dtype)
+  delta = jnp.sum(do * o, -1) - total * dtotal
   unseen = total == 0
   m, share = jnp.where(unseen, jnp.inf, m), 1 / jnp.where(unseen, 1, total)
   queries, keys, extents, key_extents = _arrange(
@@ -465,7 +466,7 @@ def _backward(rule, q, k, v, query, key, o, m, total, do, dm, dtotal):
 
     def visit(j, carry, masked):
       dq, dk, dv = carry
-      more = _tile_gradient(rule, queries, _at(keys, j), masked, alone)
+      more = _tile_gradient(rule, queries, _at(keys, j), masked)
       return dq + more[0], _add_at(dk, j, more[1]), _add_at(dv, j, more[2])
 
     carry = jnp.zeros_like(queries[0], dtype), *totals

@@ -222,9 +222,7 @@ def programs(
 
   def train(state, batch):
     grads, (total, count), stats = gradients(state, batch)
-    updates, opt_state = optimizer.update(
-      grads, state.opt_state, state.params
-    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     grad_norm = optax.tree.norm(grads)
     finite = (
       jnp.isfinite(total)

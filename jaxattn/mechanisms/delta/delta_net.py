@@ -71,7 +71,7 @@ def attend(qkv, beta, tokens, memory, kernel):
 
 
 def _unit(x):
-  """Norm 1, in float32 or wider: a longer key would overshoot what it corrects."""
+  """Norm 1, in float32 or wider: a longer key would overshoot its target."""
   x = _exact(x)
   square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(square + 1e-6)
