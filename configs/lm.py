@@ -3,9 +3,9 @@
   python -m experiments.train --workdir=runs/gla \\
       --config=configs/lm.py:gated_linear,size=small
 
-Measured once, seed 0, on two CPU cores that did other work besides, with the
-library of Python 3.11: 10 minutes, 1.99 bits per byte (uniform: 8), accuracy
-0.634. Undisturbed it makes about 2 steps a second, which is 5 minutes.
+Seen with seed 0 on two CPU cores, jax 0.10.2, Python 3.11.7 and its library, on
+2026-11-23: 3 minutes 12 seconds, 3.2 steps a second, 1.99 bits per byte
+(uniform: 8), accuracy 0.634.
 
 After the colon stands the structure, in any order, divided by commas:
 

@@ -37,6 +37,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments import compiled
 from experiments.cells import Cell, plan
 from experiments.screen import Screen
 from jaxattn.analysis import report, table
@@ -209,17 +210,10 @@ def show(records: Sequence[Record], console: Console) -> None:
   )
 
 
-def keep_compiled() -> None:
-  """Compiled programs outlive the process, unless the user said where."""
-  if not jax.config.jax_compilation_cache_dir:
-    kept = Path.home() / '.cache' / 'jaxattn'
-    jax.config.update('jax_compilation_cache_dir', str(kept))
-
-
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  keep_compiled()
+  compiled.keep()
   # JSON knows no tuples: what is compared and hashed is what will be read back.
   config = json.loads(json.dumps(CONFIG.value.to_dict()))
   folder = Path(RUNS.value) / (NAME.value or config['name'])

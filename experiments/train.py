@@ -21,7 +21,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 from rich import box
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from experiments import compiled
 from experiments.screen import EVERY, clock
 from jaxattn.tasks import registry as tasks
 from jaxattn.train.loop import fit
@@ -114,19 +114,12 @@ def in_order(names: Iterable[str], headline: str) -> list[str]:
   return sorted(names, key=rank)
 
 
-def keep_compiled() -> None:
-  """Compiled programs outlive the process, unless the user said where."""
-  if not jax.config.jax_compilation_cache_dir:
-    kept = Path.home() / '.cache' / 'jaxattn' / 'compiled'
-    jax.config.update('jax_compilation_cache_dir', str(kept))
-
-
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
-  keep_compiled()
+  compiled.keep()
   terminal = sys.stdout.isatty()
   console = Console(soft_wrap=not terminal, width=None if terminal else 100)
   config = flags.FLAGS.config.to_dict()
