@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxattn.core import masks, rope, softmax
+from jaxattn.core import masks, rope, softmax, tiles
 from jaxattn.core.masks import Causal, Everything, Mask, Sinks, Window
 from jaxattn.core.softmax import Partial, attention, dense, finish, merge
 
@@ -304,7 +304,7 @@ def without_delta(rule, queries, keys, *args):
 
 GRADIENT = softmax._tile_gradient
 MUTANTS = {
-  'padding is seen': ('everything', softmax, '_one_segment', lambda x: x),
+  'padding is seen': ('everything', tiles, 'one_segment', lambda x: x),
   'partials not rescaled': ('everything', softmax, 'merge', unscaled),
   'no do . o': ('everything', softmax, '_tile_gradient', without_delta),
   'window skips too much': ('window', Window, 'empty', one_too_wide),

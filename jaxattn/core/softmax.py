@@ -26,24 +26,22 @@ for dp_i/dx_j = p_i (1[i=j] - p_j) and dl/dx_j = l p_j, if m is held constant.
 Both directions take memory linear in the lengths. Only what is shorter than a
 tile is left to the plain formula and to JAX's gradient of it.
 
-Inside, the queries of the g heads that share a key head are rows r = (g t) of
-one matrix `b k r d`, beside the keys `b k s d`. Scores are `b k r s` forward
-and `b k s r` backward: so the matrix products never transpose a tile.
+Scores of a tile are `b k r s` forward and `b k s r` backward: so the matrix
+products never transpose a tile.
 """
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxattn.core import masks
-from jaxattn.core.masks import Everything, Mask, Side, Tokens
+from jaxattn.core import masks, tiles
+from jaxattn.core.masks import Everything, Mask
+from jaxattn.core.scores import Score
 
 EVERYTHING = Everything()
 
@@ -99,6 +97,7 @@ def attention(
   key_tags: dict[str, ArrayLike] | None = None,
   scale: float | None = None,
   softcap: float | None = None,
+  score: Score | None = None,
   block_q: int | None = None,
   block_k: int | None = None,
   return_partial: bool = False,
@@ -121,6 +120,8 @@ def attention(
     query_tags: what else the mask reads, each `b t` or `t`. Likewise key_tags.
     scale: a Python number that multiplies the scores; by default 1 / sqrt(d).
     softcap: if given, scores become softcap tanh(score / softcap).
+    score: what else happens to the scores, after the cap; its operands get
+      gradients.
     block_q: queries in a tile; by default chosen from the lengths.
     block_k: keys in a tile. Lengths need not be multiples of the blocks.
     return_partial: return a Partial, to be merged with attention to other keys
@@ -132,22 +133,26 @@ def attention(
   Raises:
     ValueError: shapes that do not fit each other, or a block below 1.
   """
-  rule, query, key = _problem(
-    *(q, k, v, mask, scale, softcap, return_partial),
-    (query_order, query_segments, query_tags),
-    (key_order, key_segments, key_tags),
+  rule, query, key, operands = tiles.problem(
+    *(q, k, v),
+    mask=mask,
+    query=(query_order, query_segments, query_tags),
+    key=(key_order, key_segments, key_tags),
+    scale=scale,
+    softcap=softcap,
+    score=score,
+    wide=return_partial,
   )
   (b, t, h, _), s = q.shape, k.shape[1]
-  side = _side(b * h, max(t, s))
-  block_q = _block('block_q', block_q, t, side)
-  block_k = _block('block_k', block_k, s, max(side, side**2 // block_q))
-  if 0 in (t, s) or (t <= block_q and s <= min(block_k, side)):
-    o, m, total = _plain(rule, q, k, v, query, key)
+  block_q, block_k, single = tiles.sides(b, h, t, s, block_q, block_k)
+  if single:
+    o, m, total = _plain(rule, q, k, v, query, key, operands)
   else:
     if s % block_k:  # the last block will hold padding, which nobody may see
-      query, key = _one_segment(query), _one_segment(key)
+      query, key = tiles.one_segment(query), tiles.one_segment(key)
     rule = dataclasses.replace(rule, block_q=block_q, block_k=block_k)
-    o, m, total = _attend(rule, *_alike(q, k, v, (query, key)), query, key)
+    inputs = tiles.alike((q, k, v, operands), (query, key))
+    o, m, total = _attend(rule, *inputs, query, key)
   return Partial(m, total, total[..., None] * o) if return_partial else o
 
 
@@ -165,128 +170,36 @@ def dense(
   key_tags: dict[str, ArrayLike] | None = None,
   scale: float | None = None,
   softcap: float | None = None,
+  score: Score | None = None,
   return_partial: bool = False,
 ) -> jax.Array | Partial:
   """The same as `attention`, by the plain formula and in memory t x s.
 
   JAX differentiates it, in any mode and to any order.
   """
-  rule, query, key = _problem(
-    *(q, k, v, mask, scale, softcap, return_partial),
-    (query_order, query_segments, query_tags),
-    (key_order, key_segments, key_tags),
+  rule, query, key, operands = tiles.problem(
+    *(q, k, v),
+    mask=mask,
+    query=(query_order, query_segments, query_tags),
+    key=(key_order, key_segments, key_tags),
+    scale=scale,
+    softcap=softcap,
+    score=score,
+    wide=return_partial,
   )
-  o, m, total = _plain(rule, q, k, v, query, key)
+  o, m, total = _plain(rule, q, k, v, query, key, operands)
   return Partial(m, total, total[..., None] * o) if return_partial else o
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-  """What is known while tracing."""
-
-  mask: Mask
-  scale: float
-  softcap: float | None
-  dtype: np.dtype  # of o
-  block_q: int = 0
-  block_k: int = 0
+def _finite(m):
+  """What to subtract where nothing was seen: -inf - -inf would be NaN."""
+  return jnp.where(m == -jnp.inf, 0, m)
 
 
-def _problem(q, k, v, mask, scale, softcap, return_partial, query, key):
-  """Checks the arguments of a call and fills in what was left out."""
-  if not (
-    q.ndim == k.ndim == v.ndim == 4
-    and q.shape[0] == k.shape[0]
-    and q.shape[3] == k.shape[3]
-    and k.shape[:3] == v.shape[:3]
-  ):
-    raise ValueError(
-      'q, k and v must be `b t h d`, `b s k d` and `b s k e`, not'
-      f' {q.shape}, {k.shape} and {v.shape}'
-    )
-  if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-    raise ValueError(
-      f'{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly'
-    )
-  query, key = _tokens('query', q, *query), _tokens('key', k, *key)
-  if (query.segments is None) != (key.segments is None):
-    query, key = _one_segment(query), _one_segment(key)
-  rule = _Rule(
-    mask=mask,
-    scale=1 / math.sqrt(q.shape[3]) if scale is None else float(scale),
-    softcap=None if softcap is None else float(softcap),
-    dtype=_accumulator(q) if return_partial else q.dtype,
-  )
-  return rule, query, key
-
-
-def _tokens(name, x, order, segments, tags):
-  b, t = x.shape[:2]
-
-  def per_token(what, values):
-    values = jnp.atleast_2d(jnp.asarray(values, jnp.int32))
-    if values.shape not in ((b, t), (1, t)):
-      raise ValueError(
-        f'{name} {what} must have shape {(b, t)} or {(t,)}, not {values.shape}'
-      )
-    return values
-
-  order = per_token('order', np.arange(t) if order is None else order)
-  tags = {tag: per_token(f'tag {tag}', x) for tag, x in (tags or {}).items()}
-  if segments is not None:
-    segments = per_token('segments', segments)
-  return Tokens(Side(order, tags), segments)
-
-
-def _one_segment(tokens):
-  if tokens.segments is not None:
-    return tokens
-  return tokens._replace(segments=jnp.ones_like(tokens.side.order))
-
-
-def _side(heads, length):
-  """The side of a tile: what keeps a CPU busy and, over all heads, in cache.
-
-  Cut in four or more, a causal sequence has tiles to skip.
-  """
-  side = 512
-  while side > 128 and 4 * side > length:
-    side //= 2
-  while side > 64 and heads * side**2 > 2**20:
-    side //= 2
-  return side
-
-
-def _block(name, block, length, default):
-  if block is None:  # blocks of equal size need the least padding
-    block = math.ceil(length / math.ceil(max(1, length) / default))
-  elif block < 1:
-    raise ValueError(f'{name} must be at least 1, not {block}')
-  return max(1, min(block, length))
-
-
-def _alike(q, k, v, tokens):
-  """Adds to q, k and v a zero made of all inputs.
-
-  Under shard_map they then vary over the same mesh axes, and so do the carries
-  made from them; and the gradient of an input is summed over the axes along
-  which it did not vary. Elsewhere it is a constant that costs nothing.
-  """
-  leaves = jax.tree.leaves((q, k, v, tokens))
-  zero = sum(jnp.sum(x[:, :0]).astype(q.dtype) for x in leaves)
-  return tuple(x + zero.astype(x.dtype) for x in (q, k, v))
-
-
-def _plain(rule, q, k, v, query, key):
+def _plain(rule, q, k, v, query, key, operands):
   """Finished o, m and l."""
-  dtype, g = _accumulator(q), q.shape[2] // k.shape[2]
-  k, v = (jnp.repeat(x.astype(dtype), g, axis=2) for x in (k, v))
-  scores = rule.scale * jnp.einsum('bthd,bshd->bhts', q.astype(dtype), k)
-  if rule.softcap is not None:
-    scores = rule.softcap * jnp.tanh(scores / rule.softcap)
-  query = jax.tree.map(lambda x: x[:, None, :, None], query)
-  key = jax.tree.map(lambda x: x[:, None, None, :], key)
-  scores = jnp.where(masks.sees(rule.mask, query, key), scores, -jnp.inf)
+  scores = tiles.plain(rule, q, k, query, key, operands)
+  v = jnp.repeat(v.astype(scores.dtype), q.shape[2] // v.shape[2], axis=2)
   m = lax.stop_gradient(jnp.max(scores, -1, keepdims=True, initial=-jnp.inf))
   p = jnp.exp(scores - _finite(m))
   total = p.sum(-1, keepdims=True)
@@ -295,14 +208,14 @@ def _plain(rule, q, k, v, query, key):
   return o.astype(rule.dtype), m, total
 
 
-def _tile(rule, queries, keys, masked):
+def _tile(rule, queries, keys, masked, operands):
   """Attention of queries `b k r d` to keys `b k s d`."""
   (q, query), (k, v, key) = queries, keys
-  dtype = _accumulator(q)
+  dtype = tiles.accumulator(q)
   q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
   scores = jnp.einsum('bkrd,bksd->bkrs', q, k)
-  if rule.softcap is not None:
-    scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+  if rule.scores:
+    scores = tiles.modified(rule, scores.mT, query, key, operands).mT
   if masked:
     query = jax.tree.map(lambda x: x[:, None, :, None], query)
     key = jax.tree.map(lambda x: x[:, None, None, :], key)
@@ -312,15 +225,19 @@ def _tile(rule, queries, keys, masked):
   return Partial(m, p.sum(-1), jnp.einsum('bkrs,bkse->bkre', p, v))
 
 
-def _tile_gradient(rule, queries, keys, masked):
-  """dq, dk and dv of a tile; delta is do . o - l dl, and share is 1 / l."""
+def _tile_gradient(rule, queries, keys, masked, operands):
+  """dq, dk, dv of a tile, and the operands' gradients.
+
+  delta is do . o - l dl, and share is 1 / l.
+  """
   (q, do, m, share, delta, query), (k, v, key) = queries, keys
-  dtype = _accumulator(q)
+  dtype = tiles.accumulator(q)
   q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
-  scores = jnp.einsum('bksd,bkrd->bksr', k, q)
-  if rule.softcap is not None:
-    capped = jnp.tanh(scores / rule.softcap)
-    scores = rule.softcap * capped
+  scores, back = jax.vjp(
+    lambda x, operands: tiles.modified(rule, x, query, key, operands),
+    jnp.einsum('bksd,bkrd->bksr', k, q),
+    operands,
+  )
   if masked:
     query = jax.tree.map(lambda x: x[:, None, None, :], query)
     key = jax.tree.map(lambda x: x[:, None, :, None], key)
@@ -328,136 +245,46 @@ def _tile_gradient(rule, queries, keys, masked):
   p = jnp.exp(scores - m[:, :, None]) * share[:, :, None]
   dv = jnp.einsum('bksr,bkre->bkse', p, do)
   dp = jnp.einsum('bkse,bkre->bksr', v, do)
-  dx = p * (dp - delta[:, :, None])
-  if rule.softcap is not None:
-    dx *= 1 - capped**2
+  dx, doperands = back(p * (dp - delta[:, :, None]))
   dq = rule.scale * jnp.einsum('bksd,bksr->bkdr', k, dx)
   dk = jnp.einsum('bksr,bkrd->bksd', dx, q)
-  return jnp.swapaxes(dq, 2, 3), dk, dv
-
-
-def _accumulator(x):
-  return jnp.promote_types(jnp.float32, x.dtype)
-
-
-def _finite(m):
-  """What to subtract where nothing was seen: -inf - -inf would be NaN."""
-  return jnp.where(m == -jnp.inf, 0, m)
-
-
-def _blocks(x, block, k=None):
-  """`b t h ...` to `n b k r ...`: n blocks of rows r = (g c), for h = (k g)."""
-  b, t, h, *rest = x.shape
-  n, g = math.ceil(t / block), h // (k or h)
-  x = jnp.pad(x, [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2))
-  # One axis at a time: so batch and heads may be sharded in Explicit mode.
-  x = x.reshape(b, n, block, h, *rest).reshape(b, n, block, h // g, g, *rest)
-  return jnp.moveaxis(x, (1, 2), (0, 4)).reshape(n, b, h // g, g * block, *rest)
-
-
-def _unblocks(x, t, h):
-  """`n b k r ...` back to `b t h ...`."""
-  n, b, k, r, *rest = x.shape
-  g, c = h // k, r * k // h
-  x = jnp.moveaxis(x.reshape(n, b, k, g, c, *rest), (0, 4), (1, 2))
-  x = x.reshape(b, n * c, k, g, *rest).reshape(b, n * c, h, *rest)
-  return x[:, :t]
-
-
-def _token_blocks(tokens, block):
-  """`b t` to `n b c`."""
-
-  def blocks(x, **mode):
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), **mode)
-    return jnp.moveaxis(x.reshape(len(x), -1, block), 1, 0)
-
-  # Padding is in segment 0. It repeats the last order and tags, for ranges to
-  # stay tight where there are no segments (that is, among queries only).
-  side = jax.tree.map(functools.partial(blocks, mode='edge'), tokens.side)
-  return Tokens(side, jax.tree.map(blocks, tokens.segments))
-
-
-def _fold(rule, visit, carry, query, keys):
-  """carry = visit(j, carry, masked) for each block j of keys that may be seen.
-
-  `query` is the extent of the queries, `b`; `keys` are those of all blocks of
-  keys, `n b`. A tile counts as empty or full if it is so in all rows of the
-  batch. The full ones are visited first, those that need the mask second, in
-  two loops: a branch in a single loop would copy what it returns.
-  """
-  if len(keys.uniform) == 1:
-    return visit(0, carry, True)
-  empty, full = masks.judge(rule.mask, query, keys)
-  kind = jnp.where(empty.all(-1), 2, jnp.where(full.all(-1), 0, 1))
-  order = jnp.argsort(kind, stable=True)
-  unmasked, seen = jnp.sum(kind == 0), jnp.sum(kind < 2)
-  carry = lax.fori_loop(
-    0, unmasked, lambda i, carry: visit(order[i], carry, False), carry
-  )
-  return lax.fori_loop(
-    unmasked, seen, lambda i, carry: visit(order[i], carry, True), carry
-  )
-
-
-def _arrange(rule, like_q, like_k, query, key):
-  """Blocks of all that travels with queries, with keys; and their extents."""
-  heads = like_k[0].shape[2]
-  queries = [_blocks(x, rule.block_q, heads) for x in like_q]
-  keys = [_blocks(x, rule.block_k) for x in like_k]
-  query = _token_blocks(query, rule.block_q)
-  key = _token_blocks(key, rule.block_k)
-  g = like_q[0].shape[2] // heads
-  rows = jax.tree.map(lambda x: jnp.tile(x, g), query)
-  return (*queries, rows), (*keys, key), masks.extent(query), masks.extent(key)
-
-
-def _scan(f, carry, blocks):
-  """A loop over blocks, unless there is only one."""
-  return lax.scan(f, carry, blocks, unroll=len(blocks[0][0]) == 1)
-
-
-def _at(blocks, j):
-  return jax.tree.map(
-    lambda x: lax.dynamic_index_in_dim(x, j, keepdims=False), blocks
-  )
-
-
-def _add_at(blocks, j, more):
-  more = more + _at(blocks, j)
-  return lax.dynamic_update_index_in_dim(blocks, more, j, 0)
+  return jnp.swapaxes(dq, 2, 3), dk, dv, doperands
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(rule, q, k, v, query, key):
+def _forward(rule, q, k, v, operands, query, key):
   """The finished o, m and l."""
-  queries, keys, extents, key_extents = _arrange(rule, [q], [k, v], query, key)
+  queries, keys, extents, key_extents = tiles.arrange(
+    rule, [q], [k, v], query, key
+  )
 
   def read(_, block):
     queries, extent = block
 
     def visit(j, partial, masked):
-      return merge(partial, _tile(rule, queries, _at(keys, j), masked))
+      tile = _tile(rule, queries, tiles.at(keys, j), masked, operands)
+      return merge(partial, tile)
 
-    zero = jnp.zeros_like(queries[0][..., 0], _accumulator(q))
+    zero = jnp.zeros_like(queries[0][..., 0], tiles.accumulator(q))
     zeros = zero[..., None] + jnp.zeros(v.shape[-1], zero.dtype)
     nothing = Partial(jnp.full_like(zero, -jnp.inf), zero, zeros)
-    partial = _fold(rule, visit, nothing, extent, key_extents)
+    partial = tiles.fold(rule, visit, nothing, extent, key_extents)
     o, _ = finish(partial)
     return None, (o.astype(rule.dtype), partial.m, partial.l)
 
-  _, blocks = _scan(read, None, (queries, extents))
-  return tuple(_unblocks(x, *q.shape[1:3]) for x in blocks)
+  _, blocks = tiles.scan(read, None, (queries, extents))
+  return tuple(tiles.join(x, *q.shape[1:3]) for x in blocks)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(rule, q, k, v, query, key, o, m, total, do, dm, dtotal):
-  """dq, dk and dv; m is a constant."""
-  dtype = _accumulator(q)
+def _backward(rule, q, k, v, operands, query, key, o, m, total, do, dm, dtotal):
+  """dq, dk, dv and the operands' gradients; m is a constant."""
+  dtype = tiles.accumulator(q)
   do = do.astype(dtype)
   delta = jnp.sum(do * o, -1) - total * dtotal
   unseen = total == 0
   m, share = jnp.where(unseen, jnp.inf, m), 1 / jnp.where(unseen, 1, total)
-  queries, keys, extents, key_extents = _arrange(
+  queries, keys, extents, key_extents = tiles.arrange(
     rule, [q, do, m, share, delta], [k, v], query, key
   )
 
@@ -465,25 +292,32 @@ def _backward(rule, q, k, v, query, key, o, m, total, do, dm, dtotal):
     queries, extent = block
 
     def visit(j, carry, masked):
-      dq, dk, dv = carry
-      more = _tile_gradient(rule, queries, _at(keys, j), masked)
-      return dq + more[0], _add_at(dk, j, more[1]), _add_at(dv, j, more[2])
+      dq, dk, dv, doperands = carry
+      more = _tile_gradient(rule, queries, tiles.at(keys, j), masked, operands)
+      return (
+        dq + more[0],
+        tiles.add_at(dk, j, more[1]),
+        tiles.add_at(dv, j, more[2]),
+        jax.tree.map(jnp.add, doperands, more[3]),
+      )
 
     carry = jnp.zeros_like(queries[0], dtype), *totals
-    dq, *totals = _fold(rule, visit, carry, extent, key_extents)
+    dq, *totals = tiles.fold(rule, visit, carry, extent, key_extents)
     return tuple(totals), dq
 
   totals = tuple(jnp.zeros_like(x, dtype) for x in keys[:2])
-  (dk, dv), dq = _scan(read, totals, (queries, extents))
-  return tuple(
-    _unblocks(dx, *x.shape[1:3]).astype(x.dtype)
+  totals = (*totals, jax.tree.map(jnp.zeros_like, operands))
+  (dk, dv, doperands), dq = tiles.scan(read, totals, (queries, extents))
+  dq, dk, dv = (
+    tiles.join(dx, *x.shape[1:3]).astype(x.dtype)
     for x, dx in ((q, dq), (k, dk), (v, dv))
   )
+  return dq, dk, dv, doperands
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule, q, k, v, query, key):
-  return _forward(rule, q, k, v, query, key)
+def _attend(rule, q, k, v, operands, query, key):
+  return _forward(rule, q, k, v, operands, query, key)
 
 
 def _attend_fwd(rule, *inputs):
