@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -117,7 +118,33 @@ def family(name: str) -> str:
   return path[-2] if len(path) > 1 else ''
 
 
-def position(name: str, /, **fields):
-  """Builds a position encoding from its name, such as 'rope' or 'none'."""
+def position(name: str | Mapping[str, Any], /, **fields):
+  """Builds a position encoding from its name, such as 'rope' or 'none'.
+
+  A mapping gives its fields as well: {'name': 'rope', 'base': 500_000}.
+  """
+  if isinstance(name, Mapping):
+    name, own = position_name(name), dict(name)
+    del own['name']
+    fields = own | fields
   found = _find(jaxattn.positions, 'position', name)
   return _build('position', name, _class(found, 'position', 'Position'), fields)
+
+
+def position_name(name: str | Mapping[str, Any]) -> str:
+  """The name in what `position` takes."""
+  if isinstance(name, Mapping):
+    if 'name' not in name:
+      raise ValueError(f'a position needs a name, beside {dict(name)}')
+    return name['name']
+  return name
+
+
+def position_module(name: str) -> ModuleType:
+  """The file of a position encoding."""
+  return _find(jaxattn.positions, 'position', name)
+
+
+def positions() -> list[str]:
+  """The position encodings in the tree, in alphabetical order."""
+  return list(_files(jaxattn.positions))

@@ -9,6 +9,7 @@ real tokens.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,22 @@ def _write(buffer: Array, slots: PerToken, new: Array) -> Array:
   return jax.vmap(put)(buffer, slots, new.astype(buffer.dtype))
 
 
+class Seen(NamedTuple):
+  """What the queries of a chunk may look at, as a cache gives it.
+
+  Attributes:
+    keys: 'b s k d'; values: 'b s k e'.
+    order: 'b s'; segments: 'b s', 0 where there is nothing.
+    positions: 'b s', or None if the cache keeps none.
+  """
+
+  keys: Keys
+  values: Values
+  order: PerToken
+  segments: PerToken
+  positions: PerToken | None
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FullKV:
@@ -76,6 +93,7 @@ class FullKV:
     keys: 'b s k d'.
     values: 'b s k e'.
     order: 'b s'; segments: 'b s', 0 where a slot is empty.
+    positions: 'b s', for encodings that score distances; else None.
     used: 'b', how many slots are taken.
   """
 
@@ -83,17 +101,30 @@ class FullKV:
   values: Values
   order: PerToken
   segments: PerToken
+  positions: PerToken | None
   used: PerRow
 
   @classmethod
-  def empty(cls, batch, length, heads, width, value_width, dtype) -> 'FullKV':
+  def empty(
+    cls, batch, length, heads, width, value_width, dtype, positions=False
+  ) -> 'FullKV':
+    slots = jnp.zeros((batch, length), jnp.int32)
     return cls(
       jnp.zeros((batch, length, heads, width), dtype),
       jnp.zeros((batch, length, heads, value_width), dtype),
-      jnp.zeros((batch, length), jnp.int32),
-      jnp.zeros((batch, length), jnp.int32),
+      slots,
+      slots,
+      slots if positions else None,
       jnp.zeros(batch, jnp.int32),
     )
+
+  def read(self, keys, values, tokens) -> tuple[Seen, 'FullKV']:
+    """What a chunk's queries may see, and the memory with the chunk in it."""
+    after = self.extend(keys, values, tokens)
+    seen = Seen(
+      after.keys, after.values, after.order, after.segments, after.positions
+    )
+    return seen, after
 
   def extend(self, keys: Keys, values: Values, tokens: Tokens) -> 'FullKV':
     """Appends the real tokens. What exceeds the capacity is dropped."""
@@ -106,6 +137,7 @@ class FullKV:
       _write(self.values, slots, values),
       _write(self.order, slots, tokens.order),
       _write(self.segments, slots, tokens.segments),
+      _write_positions(self.positions, slots, tokens),
       self.used + _count(tokens),
     )
 
@@ -123,6 +155,7 @@ class RollingKV:
   Attributes:
     keys: 'b s k d' with s = sinks + window; values: 'b s k e'.
     order, segments: 'b s', segments 0 where a slot is empty.
+    positions: 'b s', for encodings that score distances; else None.
     used: 'b', how many tokens the stream has brought.
     window: size of the ring (static).
   """
@@ -131,34 +164,42 @@ class RollingKV:
   values: Values
   order: PerToken
   segments: PerToken
+  positions: PerToken | None
   used: PerRow
   window: int = dataclasses.field(metadata={'static': True})
 
   @classmethod
   def empty(
-    cls, batch, window, sinks, heads, width, value_width, dtype
+    cls, batch, window, sinks, heads, width, value_width, dtype, positions=False
   ) -> 'RollingKV':
-    slots = sinks + window
+    size = sinks + window
+    slots = jnp.zeros((batch, size), jnp.int32)
     return cls(
-      jnp.zeros((batch, slots, heads, width), dtype),
-      jnp.zeros((batch, slots, heads, value_width), dtype),
-      jnp.zeros((batch, slots), jnp.int32),
-      jnp.zeros((batch, slots), jnp.int32),
+      jnp.zeros((batch, size, heads, width), dtype),
+      jnp.zeros((batch, size, heads, value_width), dtype),
+      slots,
+      slots,
+      slots if positions else None,
       jnp.zeros(batch, jnp.int32),
       window,
     )
 
-  def beside(self, keys: Keys, values: Values, tokens: Tokens):
-    """What a chunk's queries may see: (keys, values, order, segments)."""
+  def read(self, keys, values, tokens) -> tuple[Seen, 'RollingKV']:
+    """What a chunk's queries may see, and the memory with the chunk in it."""
     join = lambda old, new: jnp.concatenate(
       [old, new.astype(old.dtype)], axis=1
     )
-    return (
+    positions = None
+    if self.positions is not None:
+      positions = join(self.positions, tokens.positions)
+    seen = Seen(
       join(self.keys, keys),
       join(self.values, values),
       join(self.order, tokens.order),
       join(self.segments, tokens.segments),
+      positions,
     )
+    return seen, self.extend(keys, values, tokens)
 
   def extend(self, keys: Keys, values: Values, tokens: Tokens) -> 'RollingKV':
     """Writes the chunk's last `window` real tokens, and the sinks in it."""
@@ -179,9 +220,14 @@ class RollingKV:
       _write(self.values, slots, values),
       _write(self.order, slots, tokens.order),
       _write(self.segments, slots, tokens.segments),
+      _write_positions(self.positions, slots, tokens),
       self.used + count,
       self.window,
     )
+
+
+def _write_positions(buffer, slots, tokens):
+  return None if buffer is None else _write(buffer, slots, tokens.positions)
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,9 @@ Shapes are few and splits are data, so that each law compiles a program or two.
 """
 
 import functools
+import inspect
 import itertools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -84,13 +86,20 @@ class Subject:
   def reference(self):
     """The mechanism's own formula with the mixer's fields, as f(params, x)."""
     fields = self.mixer_fields()
-    name = fields.pop('position', 'none')
+    encoding = fields.pop('position', 'none')
+    name = registry.position_name(encoding)
+    own = dict(encoding) if isinstance(encoding, Mapping) else {}
+    own.pop('name', None)
+    place = registry.position_module(name).reference
+    if 'causal' in inspect.signature(place).parameters:
+      own['causal'] = self.mixer.causal
+    known = inspect.signature(place).parameters
+    own = {field: value for field, value in own.items() if field in known}
 
     def formula(params, x, **kw):
-      if name != 'none':
-        order = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        encoding = registry.position(name)
-        kw['rotate'] = lambda heads: encoding.rotate(heads, order)
+      order = np.arange(x.shape[1])
+      mine = params.get('position', {})
+      kw |= place(mine, order, fields.get('heads'), x.shape[2], **own)
       return self.module.reference(params, x, **fields, **kw)
 
     return formula

@@ -25,6 +25,7 @@ GROUND = {
   'jaxattn.registry',
   'jaxattn.core',
   'jaxattn.parallel',
+  'jaxattn.position',
   'jaxattn.positions',
 }
 MAY_IMPORT = {
@@ -35,7 +36,13 @@ MAY_IMPORT = {
   'jaxattn.state': {'jaxattn.typing', 'jaxattn.packing'},
   'jaxattn.parallel': {'jaxattn.typing', 'jaxattn.core', 'pallas_kernels'},
   'jaxattn.nn': {'jaxattn.typing', 'jaxattn.parallel'},
-  'jaxattn.positions': {'jaxattn.typing', 'jaxattn.core'},
+  'jaxattn.position': {'jaxattn.typing', 'jaxattn.core', 'jaxattn.nn'},
+  'jaxattn.positions': {
+    'jaxattn.position',
+    'jaxattn.core',
+    'jaxattn.parallel',
+    'jaxattn.typing',
+  },
   # The registry reaches mechanisms by name, at run time.
   'jaxattn.registry': {
     'jaxattn.spec',

@@ -15,8 +15,8 @@ B, T, H, K, D = 2, 41, 32, 8, 8
 BLOCKS = {'block_q': 16, 'block_k': 8}
 EPS = float(jnp.finfo(jnp.float32).eps)
 # An operand's gradient is a sum of dx over many pairs that cancel (all dx of a
-# query add up to 0). The formula makes do . o from the very p that it multiplies
-# it with, so its rounding errors cancel as well; those of a kept o do not.
+# query add up to 0). The formula makes do . o from the very p that it
+# multiplies it with, so there the errors cancel, too.
 FACTOR = {'doperand': 4}
 
 
@@ -198,7 +198,7 @@ def test_a_query_that_sees_nothing():
       key_segments=segments,
       **blocks,
     )
-    o, back = jax.vjp(lambda q: attend(q, q, q), q)
+    o, back = jax.vjp(lambda q, attend=attend: attend(q, q, q), q)
     assert not np.any(o)
     assert not np.any(back(o + 1)[0])
 

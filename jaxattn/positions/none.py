@@ -4,16 +4,14 @@ Haviv et al. 2022, https://arxiv.org/abs/2203.16634: causal models without
 position encodings learn places from the mask.
 """
 
-from dataclasses import dataclass
-
-from jaxattn.typing import Array
+from jaxattn.position import Position
 
 
-@dataclass(frozen=True)
-class NonePosition:
-  """Leaves queries and keys as they are."""
+def reference(params, order, heads, width):
+  """What the formula of a mechanism is given: nothing."""
+  del params, order, heads, width
+  return {}
 
-  def rotate(self, x: Array, positions: Array) -> Array:
-    """Queries or keys 'b t h d' at `positions` 'b t', as scores see them."""
-    del positions
-    return x
+
+class NonePosition(Position):
+  """Leaves everything as it is."""

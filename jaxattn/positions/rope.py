@@ -5,14 +5,27 @@ key at position p turns by p / base^(2i / d); the dot product of two turned
 vectors depends on the difference of their positions.
 """
 
-from dataclasses import dataclass
+import jax.numpy as jnp
 
 from jaxattn.core import rope
-from jaxattn.typing import Array
+from jaxattn.position import Position
 
 
-@dataclass(frozen=True)
-class RopePosition:
+def reference(params, order, heads, width, base=10_000.0):
+  """Pairs (i, i + d/2) as complex numbers, turned; for whole heads."""
+  del params, heads, width
+
+  def rotate(x):
+    first, second = jnp.split(x, 2, axis=-1)
+    half = first.shape[-1]
+    angle = order[:, None] / base ** (jnp.arange(half, dtype=x.dtype) / half)
+    turned = (first + 1j * second) * jnp.exp(1j * angle)[:, None, :]
+    return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+  return {'rotate': rotate}
+
+
+class RopePosition(Position):
   """Rotates queries and keys.
 
   Attributes:
@@ -23,6 +36,5 @@ class RopePosition:
   base: float = 10_000.0
   width: int | None = None
 
-  def rotate(self, x: Array, positions: Array) -> Array:
-    """Queries or keys 'b t h d' at `positions` 'b t', as scores see them."""
+  def rotate(self, x, positions):
     return rope.rotate(x, positions, base=self.base, width=self.width)

@@ -12,11 +12,14 @@ with a `context` the keys and values are the context's (cross attention).
 Cost for one row: time O(t^2 d), state 2 t h d numbers, parameters 4 m h d.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import masks, softmax
+from jaxattn.core import cached, masks, softmax
 from jaxattn.mixer import ContextKV, Mixer
 from jaxattn.nn import Linear
 from jaxattn.packing import resolve
@@ -26,8 +29,14 @@ from jaxattn.spec import Spec
 from jaxattn.state import FullKV
 
 
-def reference(params, x, *, causal=True, context=None, rotate=None, **_):
-  """The formula on x 'b t m', all scores at once; `rotate` turns q and k."""
+def reference(
+  params, x, *, causal=True, context=None, add=0, rotate=None, bias=0, **_
+):
+  """The formula on x 'b t m', all scores at once.
+
+  A position encoding may add to x, rotate q and k, and bias the scores.
+  """
+  x = x + add
   project = lambda x, name: jnp.einsum(
     'btm,mhd->bthd', x, params[name]['kernel']
   )
@@ -37,42 +46,18 @@ def reference(params, x, *, causal=True, context=None, rotate=None, **_):
     project(source, 'key'),
     project(source, 'value'),
   )
-  if rotate is not None and context is None:
+  if rotate is not None:
     q, k = rotate(q), rotate(k)
-  scores = jnp.einsum('bthd,bshd->bhts', q, k) * q.shape[-1] ** -0.5
+  scores = jnp.einsum('bthd,bshd->bhts', q, k) * q.shape[-1] ** -0.5 + bias
   if causal and context is None:
     scores = jnp.where(jnp.tri(x.shape[1], dtype=bool), scores, -jnp.inf)
   o = jnp.einsum('bhts,bshe->bthe', jax.nn.softmax(scores), v)
   return jnp.einsum('bthe,hem->btm', o, params['out']['kernel'])
 
 
-def attend(q, k, v, tokens, memory, *, mask):
+def attend(q, k, v, tokens, memory, score, *, mask):
   """The same in blocks; keys come from the memory once it holds this chunk."""
-  if memory is None:
-    segments = None if tokens.valid is None else tokens.segments
-    o = softmax.attention(
-      q,
-      k,
-      v,
-      mask=mask,
-      query_order=tokens.order,
-      key_order=tokens.order,
-      query_segments=segments,
-      key_segments=segments,
-    )
-    return o, None
-  memory = memory.extend(k, v, tokens)
-  o = softmax.attention(
-    q,
-    memory.keys,
-    memory.values,
-    mask=mask,
-    query_order=tokens.order,
-    key_order=memory.order,
-    query_segments=tokens.segments,
-    key_segments=memory.segments,
-  )
-  return o, memory
+  return cached.attend(q, k, v, tokens, memory, score, mask=mask)
 
 
 def attend_context(q, tokens, context):
@@ -93,14 +78,14 @@ class MultiHead(Mixer):
     heads: h; it must divide the width unless `head_dim` is given.
     head_dim: d; None means width / heads.
     causal: False lets every token see every other (encoders).
-    position: name of the position encoding, such as 'rope' or 'none'; cross
-      attention has none.
+    position: the position encoding, 'rope' or {'name': 'rope', 'base': 5e5};
+      cross attention has none.
   """
 
   heads: int = 4
   head_dim: int | None = None
   causal: bool = True
-  position: str = 'rope'
+  position: str | Mapping[str, Any] = 'rope'
 
   reads_context = True
 
@@ -110,18 +95,19 @@ class MultiHead(Mixer):
         f'multi_head: width={width} does not divide by heads={self.heads}; '
         'choose another number of heads or give head_dim'
       )
-    position(self.position)
+    position(self.position, parent=None)
 
   def memory(self, batch, length, width, dtype):
     d = self.head_dim or width // self.heads
-    return FullKV.empty(batch, length, self.heads, d, d, dtype)
+    keeps = position(self.position, parent=None).scores
+    return FullKV.empty(batch, length, self.heads, d, d, dtype, keeps)
 
   @nn.compact
   def mix(self, x, tokens, memory, context, deterministic):
     width = x.shape[-1]
     split = (self.heads, self.head_dim or width // self.heads)
     project = lambda name: Linear(split, policy=self.policy, name=name)
-    q, key, value = project('query')(x), project('key'), project('value')
+    query, key, value = (project(name) for name in ('query', 'key', 'value'))
     out = Linear(width, axes=2, policy=self.policy, name='out')
 
     if context is None and isinstance(memory, ContextKV):
@@ -133,17 +119,21 @@ class MultiHead(Mixer):
         read = jnp.where((places.segments > 0)[..., None], context.x, 0)
         read = read.astype(x.dtype)
         context = ContextKV(key(read), value(read), places.segments)
-      return out(sequence.run(attend_context, q, tokens, context)), context
+      o = sequence.run(attend_context, query(x), tokens, context)
+      return out(o), context
 
-    rotate = position(self.position).rotate
+    encoding = position(self.position, policy=self.policy, name='position')
+    places = tokens.positions
+    x = encoding.add(x, places)
     mask = masks.Causal() if self.causal else masks.Everything()
     o, memory = sequence.run(
       lambda *arrays: attend(*arrays, mask=mask),
-      rotate(q, tokens.positions),
-      rotate(key(x), tokens.positions),
+      encoding.rotate(query(x), places),
+      encoding.rotate(key(x), places),
       value(x),
       tokens,
       memory,
+      weights=(encoding.score(self.heads, self.causal),),
     )
     return out(o), memory
 
@@ -157,7 +147,9 @@ def _flops(mixer, width, length):
 def _state_bytes(mixer, width, length):
   inner = mixer.heads * (mixer.head_dim or width // mixer.heads)
   number = jnp.dtype(mixer.policy.dtype).itemsize
-  return length * (2 * inner * number + 2 * 4) + 4  # order, segment; used
+  # order, segment and perhaps position
+  places = 2 + position(mixer.position, parent=None).scores
+  return length * (2 * inner * number + 4 * places) + 4  # used
 
 
 SPEC = Spec(
@@ -168,6 +160,7 @@ SPEC = Spec(
   examples=(
     {'heads': 2, 'position': 'none'},
     {'heads': 2, 'head_dim': 6, 'position': 'rope'},
+    {'heads': 2, 'position': {'name': 't5', 'buckets': 6, 'furthest': 9}},
   ),
   flops=_flops,
   state_bytes=_state_bytes,

@@ -14,11 +14,14 @@ Cost for one row: time O(t (w + sinks) d), state 2 (w + sinks) h d numbers,
 parameters 4 m h d.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import masks, softmax
+from jaxattn.core import cached, masks
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import sequence
@@ -27,8 +30,12 @@ from jaxattn.spec import Spec
 from jaxattn.state import RollingKV
 
 
-def reference(params, x, *, window, sinks=0, rotate=None, **_):
-  """The formula on x 'b t m', all scores at once; `rotate` turns q and k."""
+def reference(params, x, *, window, sinks=0, add=0, rotate=None, bias=0, **_):
+  """The formula on x 'b t m', all scores at once.
+
+  A position encoding may add to x, rotate q and k, and bias the scores.
+  """
+  x = x + add
   q, k, v = (
     jnp.einsum('btm,mhd->bthd', x, params[name]['kernel'])
     for name in ('query', 'key', 'value')
@@ -37,33 +44,15 @@ def reference(params, x, *, window, sinks=0, rotate=None, **_):
     q, k = rotate(q), rotate(k)
   t, s = jnp.arange(x.shape[1])[:, None], jnp.arange(x.shape[1])[None, :]
   near = (s <= t) & ((t - s < window) | (s < sinks))
-  scores = jnp.einsum('bthd,bshd->bhts', q, k) * q.shape[-1] ** -0.5
+  scores = jnp.einsum('bthd,bshd->bhts', q, k) * q.shape[-1] ** -0.5 + bias
   scores = jnp.where(near, scores, -jnp.inf)
   o = jnp.einsum('bhts,bshe->bthe', jax.nn.softmax(scores), v)
   return jnp.einsum('bthe,hem->btm', o, params['out']['kernel'])
 
 
-def attend(q, k, v, tokens, memory, *, mask):
+def attend(q, k, v, tokens, memory, score, *, mask):
   """The same in blocks: tiles outside the window are never touched."""
-  if memory is None:
-    segments = None if tokens.valid is None else tokens.segments
-    keys, values, order = k, v, tokens.order
-    queries = segments
-  else:
-    keys, values, order, segments = memory.beside(k, v, tokens)
-    queries = tokens.segments
-    memory = memory.extend(k, v, tokens)
-  o = softmax.attention(
-    q,
-    keys,
-    values,
-    mask=mask,
-    query_order=tokens.order,
-    key_order=order,
-    query_segments=queries,
-    key_segments=segments,
-  )
-  return o, memory
+  return cached.attend(q, k, v, tokens, memory, score, mask=mask)
 
 
 class SlidingWindow(Mixer):
@@ -74,14 +63,14 @@ class SlidingWindow(Mixer):
     sinks: how many first tokens of its segment it sees besides.
     heads: h; it must divide the width unless `head_dim` is given.
     head_dim: d; None means width / heads.
-    position: name of the position encoding, such as 'rope' or 'none'.
+    position: the position encoding, 'rope' or {'name': 'rope', 'base': 5e5}.
   """
 
   window: int = 128
   sinks: int = 0
   heads: int = 4
   head_dim: int | None = None
-  position: str = 'rope'
+  position: str | Mapping[str, Any] = 'rope'
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -94,31 +83,35 @@ class SlidingWindow(Mixer):
         f'sliding_window: window={self.window} must be at least 1 and '
         f'sinks={self.sinks} at least 0'
       )
-    position(self.position)
+    position(self.position, parent=None)
 
   def memory(self, batch, length, width, dtype):
     d = self.head_dim or width // self.heads
+    keeps = position(self.position, parent=None).scores
     return RollingKV.empty(
-      batch, self.window, self.sinks, self.heads, d, d, dtype
+      batch, self.window, self.sinks, self.heads, d, d, dtype, keeps
     )
 
   @nn.compact
   def mix(self, x, tokens, memory, context, deterministic):
     width = x.shape[-1]
     split = (self.heads, self.head_dim or width // self.heads)
-    project = lambda name: Linear(split, policy=self.policy, name=name)(x)
-    rotate = position(self.position).rotate
+    project = lambda name: Linear(split, policy=self.policy, name=name)
+    encoding = position(self.position, policy=self.policy, name='position')
+    places = tokens.positions
+    x = encoding.add(x, places)
     mask = masks.Window(self.window)
     if self.sinks:
       mask = mask | masks.Sinks(self.sinks)
     mask = masks.Causal() & mask
     o, memory = sequence.run(
       lambda *arrays: attend(*arrays, mask=mask),
-      rotate(project('query'), tokens.positions),
-      rotate(project('key'), tokens.positions),
-      project('value'),
+      encoding.rotate(project('query')(x), places),
+      encoding.rotate(project('key')(x), places),
+      project('value')(x),
       tokens,
       memory,
+      weights=(encoding.score(self.heads, causal=True),),
     )
     return Linear(width, axes=2, policy=self.policy, name='out')(o), memory
 
@@ -134,7 +127,9 @@ def _state_bytes(mixer, width, length):
   inner = mixer.heads * (mixer.head_dim or width // mixer.heads)
   number = jnp.dtype(mixer.policy.dtype).itemsize
   slots = mixer.window + mixer.sinks
-  return slots * (2 * inner * number + 2 * 4) + 4  # order, segment; used
+  # order, segment and perhaps position
+  places = 2 + position(mixer.position, parent=None).scores
+  return slots * (2 * inner * number + 4 * places) + 4  # used
 
 
 SPEC = Spec(
@@ -145,6 +140,7 @@ SPEC = Spec(
   examples=(
     {'heads': 2, 'window': 3, 'position': 'none'},
     {'heads': 2, 'window': 4, 'sinks': 2, 'position': 'rope'},
+    {'heads': 2, 'window': 5, 'sinks': 1, 'position': 'alibi'},
   ),
   flops=_flops,
   state_bytes=_state_bytes,
