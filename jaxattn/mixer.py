@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxattn.nn import Policy
 from jaxattn.packing import Clock, Packing, Tokens, resolve
-from jaxattn.parallel import place, sequence
+from jaxattn.parallel import gather, place, sequence
 from jaxattn.state import Recompute, State
 from jaxattn.typing import Array, Keys, PerToken, PyTree, Stream, Values
 
@@ -154,7 +154,9 @@ class Mixer(nn.Module):
     """
     self._validate(x, packing, state, return_state, context)
     batch, length, width = x.shape
-    x = x.astype(self.policy.dtype)
+    x = gather.whole(x.astype(self.policy.dtype))
+    if isinstance(context, Context):
+      context = Context(gather.whole(context.x), context.packing)
     if length == 0:
       if not self.is_initializing():
         return Mixed(x, self._kept(x, state, return_state))
@@ -171,7 +173,7 @@ class Mixer(nn.Module):
       y, memory = self._recompute(x, tokens, memory, context, deterministic)
     else:
       y, memory = self.mix(x, tokens, memory, context, deterministic)
-    y = _zero_pads(y, tokens)
+    y = gather.local(_zero_pads(y, tokens))
     if length == 0:
       y = y[:, :0]
     if not return_state:

@@ -11,6 +11,12 @@ LAWS = (
   'padding',  # pads are invisible, wherever they stand
   'packing',  # packed documents equal separate ones
   'batch',  # rows do not see each other
+  'layout',  # tokens may lie in any order (where layout='any')
+  'bfloat16',  # as exact as the formula in bfloat16 throughout
+  'lengths',  # every length works, down to none
+  'initial',  # a new layer keeps the scale, and all of it learns
+  'tracing',  # traced once for a shape, and with no array of t x s
+  'sharding',  # time over devices changes nothing
 )
 
 
@@ -45,8 +51,7 @@ class Spec:
     fft: True if the fast form is a Fourier transform, whose rounding reaches
       back in time; causality is then held to 1e-6 relative.
     cross: True if it takes a `context`.
-    reference, causality, segmentation, padding, packing, batch: the laws, see
-      LAWS; `True`, or `No(reason)`.
+    reference, causality, ...: the laws, see LAWS; `True`, or `No(reason)`.
   """
 
   paper: str
@@ -65,6 +70,11 @@ class Spec:
   padding: bool | No = True
   packing: bool | No = True
   batch: bool | No = True
+  bfloat16: bool | No = True
+  lengths: bool | No = True
+  initial: bool | No = True
+  tracing: bool | No = True
+  sharding: bool | No = True
 
   def __post_init__(self):
     if self.layout not in ('any', 'contiguous'):
@@ -72,6 +82,12 @@ class Spec:
     if not self.examples:
       raise ValueError('a Spec needs at least one example to test')
     for law in LAWS:
-      claim = getattr(self, law)
+      claim = self.claim(law)
       if claim is not True and not isinstance(claim, No):
         raise ValueError(f'{law}={claim!r} must be True or No(reason)')
+
+  def claim(self, law: str) -> bool | No:
+    """Whether a law is claimed: True, or No with the reason."""
+    if law == 'layout' and self.layout == 'contiguous':
+      return No('neighbours in time must be neighbours in the array')
+    return True if law == 'layout' else getattr(self, law)

@@ -30,7 +30,7 @@ def pytest_addoption(parser):
   )
 
 
-def _named(name: str) -> str:
+def module_name(name: str) -> str:
   """A path as a module that the registry can import by name."""
   path = pathlib.Path(name)
   if path.suffix != '.py':
@@ -38,6 +38,8 @@ def _named(name: str) -> str:
   if not path.exists():
     raise pytest.UsageError(f'--mechanism={name}: there is no such file')
   name = f'outside.{path.stem}'  # dotted, as modules outside the tree are
+  if name in sys.modules:
+    return name
   spec = importlib.util.spec_from_file_location(name, path)
   sys.modules[name] = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(sys.modules[name])
@@ -49,7 +51,7 @@ def pytest_generate_tests(metafunc):
   if 'mechanism' not in metafunc.fixturenames:
     return
   asked = metafunc.config.getoption('--mechanism')
-  names = [_named(name) for name in asked] or registry.names()
+  names = [module_name(name) for name in asked] or registry.names()
   cases = [
     pytest.param((name, i), id=f'{name}-{i}')
     for name in names
@@ -59,7 +61,16 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-  """With --mechanism, only the tests of mechanisms are of interest."""
+  """With --mechanism, only the tests of mechanisms are of interest.
+
+  Tests that share what takes long to make go to one process: those of a file,
+  or of one example of a mechanism.
+  """
+  for item in items:
+    group = item.path.name
+    if 'subject' in item.fixturenames and hasattr(item, 'callspec'):
+      group += str(item.callspec.params.get('mechanism', ''))
+    item.add_marker(pytest.mark.xdist_group(group))
   if config.getoption('--mechanism'):
     kept = [item for item in items if 'mechanism' in item.fixturenames]
     config.hook.pytest_deselected(

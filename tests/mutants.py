@@ -5,14 +5,19 @@ mistake of a kind that users of other libraries have met.
 """
 
 import dataclasses
+import sys
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxattn import registry
 from jaxattn.packing import Packing
+from jaxattn.parallel import mesh as meshes
+from jaxattn.parallel import place
 from jaxattn.state import RollingKV
+from tests import laws
 
 GATED = type(registry.make('gated_linear'))
 ATTENTION = type(registry.make('multi_head'))
@@ -147,6 +152,107 @@ class MixesRows(GATED):
     return super().mix(x, tokens, memory, context, deterministic)
 
 
+class ReadsTheArray(ATTENTION):
+  """Takes a token's place in the array for its place in the text."""
+
+  @nn.compact
+  def mix(self, x, tokens, memory, context, deterministic):
+    index = jnp.broadcast_to(jnp.arange(x.shape[1]), tokens.order.shape)
+    tokens = dataclasses.replace(tokens, order=index)
+    return super().mix(x, tokens, memory, context, deterministic)
+
+
+class FewBits(ATTENTION):
+  """Rounds to fewer bits than bfloat16 has."""
+
+  @nn.compact
+  def mix(self, x, tokens, memory, context, deterministic):
+    if x.dtype == jnp.bfloat16:
+      x = x.astype(jnp.float8_e4m3fn).astype(x.dtype)
+    return super().mix(x, tokens, memory, context, deterministic)
+
+
+class HalfGradients(ATTENTION):
+  """Weights kept in bfloat16 on the way to the gradient."""
+
+  @nn.compact
+  def mix(self, x, tokens, memory, context, deterministic):
+    y, memory = super().mix(x, tokens, memory, context, deterministic)
+    gain = self.param('gain', nn.initializers.ones, (1,), x.dtype)
+    return y * gain, memory
+
+
+class DropsTheRemainder(GATED):
+  """Serves whole pairs of tokens only."""
+
+  @nn.compact
+  def mix(self, x, tokens, memory, context, deterministic):
+    y, memory = super().mix(x, tokens, memory, context, deterministic)
+    return y.at[:, x.shape[1] // 2 * 2 :].set(0), memory
+
+
+class Loud(GATED):
+  """Starts at six times the scale that it should."""
+
+  @nn.compact
+  def mix(self, x, tokens, memory, context, deterministic):
+    y, memory = super().mix(x, tokens, memory, context, deterministic)
+    return 10 * y, memory
+
+
+class NeverLearns(GATED):
+  """A weight that no gradient reaches."""
+
+  @nn.compact
+  def mix(self, x, tokens, memory, context, deterministic):
+    gain = self.param('gain', nn.initializers.ones, x.shape[-1:])
+    x = x * jax.lax.stop_gradient(gain)
+    return super().mix(x, tokens, memory, context, deterministic)
+
+
+class DenseMask(ATTENTION):
+  """Makes a mask of t x s on the host."""
+
+  @nn.compact
+  def mix(self, x, tokens, memory, context, deterministic):
+    length = x.shape[1]
+    mask = np.tri(length, dtype=bool)
+    x = x * mask[-1][:, None]
+    return super().mix(x, tokens, memory, context, deterministic)
+
+
+class ForgetsItsNeighbour(GATED):
+  """Starts afresh on every device that time is spread over."""
+
+  @nn.compact
+  def mix(self, x, tokens, memory, context, deterministic):
+    mesh = meshes.current()
+    if mesh is not None:
+      part = x.shape[1] // mesh.shape[meshes.SEQ]
+      first = jnp.broadcast_to(jnp.arange(x.shape[1]) % part == 0, x.shape[:2])
+      first = place.rows(first, x.shape[0])
+      tokens = dataclasses.replace(tokens, starts=first)
+    return super().mix(x, tokens, memory, context, deterministic)
+
+
+class NoGradientAcross(GATED):
+  """Cuts the gradient where time crosses devices."""
+
+  @nn.compact
+  def mix(self, x, tokens, memory, context, deterministic):
+    if meshes.current() is not None:
+      x = x + 0.3 * (jax.lax.stop_gradient(x) - x)
+    return super().mix(x, tokens, memory, context, deterministic)
+
+
+class SaysLess(GATED):
+  """Keeps more than its Spec says."""
+
+  def memory(self, batch, length, width, dtype):
+    memory = super().memory(batch, length, width, dtype)
+    return memory | {'more': jnp.zeros((batch, 1))}
+
+
 # Law -> the mutants that it must reject.
 MUTANTS = {
   'reference': (WrongScale, ZeroGradient),
@@ -161,4 +267,23 @@ MUTANTS = {
   'padding': (IgnoresPads, AttendsToPads),
   'packing': (IgnoresStarts, IgnoresSegments),
   'batch': (MixesRows,),
+  'layout': (ReadsTheArray,),
+  'bfloat16': (FewBits, HalfGradients),
+  'lengths': (DropsTheRemainder,),
+  'initial': (Loud, NeverLearns),
+  'tracing': (DenseMask,),
+  'sharding': (ForgetsItsNeighbour, NoGradientAcross),
+  'state_bytes': (SaysLess,),
 }
+FIELDS = {
+  ATTENTION: {'heads': 2, 'position': 'rope'},
+  GATED: {'heads': 2, 'rank': 4},
+  WINDOW: {'heads': 2, 'window': 4},
+}
+
+
+def subject(mutant) -> laws.Subject:
+  """A mutant under the laws of the mechanism that it breaks."""
+  sound = mutant.__mro__[1]
+  module = sys.modules[sound.__module__]
+  return laws.Subject(mutant, module, FIELDS[sound], module.SPEC)

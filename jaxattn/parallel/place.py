@@ -51,6 +51,17 @@ def batch(rows: int, mesh) -> jax.P:
   return jax.P(meshes.DATA) if rows % mesh.shape[meshes.DATA] == 0 else jax.P()
 
 
+def tokens(rows: int, length: int, mesh) -> jax.P:
+  """Rows over `data` and time over `seq`, each whole where it does not divide.
+
+  One token, a step of decoding, stays whole.
+  """
+  parts = mesh.shape[meshes.SEQ]
+  if parts == 1 or length < parts or length % parts:
+    return batch(rows, mesh)
+  return jax.P(*(batch(rows, mesh) or (None,)), meshes.SEQ)
+
+
 def put(tree, spec: jax.P):
   """Places arrays, where placement is part of the type.
 

@@ -161,7 +161,7 @@ SPEC = Spec(
     {
       'heads': 4,
       'kv_heads': 2,
-      'position': {'name': 'learned', 'length': 64},
+      'position': {'name': 'learned', 'length': 65},
     },
     {'heads': 3, 'kv_heads': 1, 'position': 'sinusoidal'},
   ),

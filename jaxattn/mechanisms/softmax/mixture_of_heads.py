@@ -38,7 +38,7 @@ from jaxattn.state import FullKV
 
 
 def _gates(params, x, shared, top_k):
-  """All gates 'b t h', and the margin of the closest choice."""
+  """All gates 'b t h', and how clear each token's choice is, 'b t'."""
   softmax = lambda name: jax.nn.softmax(x @ params[name]['kernel'])
   p, a = softmax('router'), 2 * softmax('router_kinds')
   routed = p.shape[-1]
@@ -51,8 +51,8 @@ def _gates(params, x, shared, top_k):
       always = shared * always * softmax('router_shared')
     gates = jnp.concatenate([always, gates], axis=-1)
   if top_k == routed:
-    return gates, jnp.inf
-  return gates, jnp.min(ranked[..., top_k - 1] - ranked[..., top_k])
+    return gates, jnp.full(x.shape[:2], jnp.inf)
+  return gates, ranked[..., top_k - 1] - ranked[..., top_k]
 
 
 def reference(
@@ -78,7 +78,7 @@ def reference(
 
 
 def margin(params, x, *, shared, top_k, add=0, **_):
-  """How clear the closest choice of a head is, in probability."""
+  """How clear each token's closest choice of a head is, 'b t'."""
   return _gates(params, x + add, shared, top_k)[1]
 
 

@@ -33,13 +33,13 @@ from jaxattn.state import FullKV
 
 
 def _visible(q, k, block, top_k):
-  """Who sees whom, 'b h t s', and the least margin of a choice."""
+  """Who sees whom, 'b h t s', and how clear each choice is, 'b t'."""
   length = q.shape[1]
   t, s = jnp.arange(length)[:, None], jnp.arange(length)
   own = t // block == s // block
   count = length // block
   visible = jnp.broadcast_to(own, (q.shape[0], q.shape[2], length, length))
-  margin = jnp.inf
+  margin = jnp.full(q.shape[:2], jnp.inf)
   if count:
     mean = k[:, : count * block].reshape(k.shape[0], count, block, *k.shape[2:])
     fit = jnp.einsum('bthd,bjhd->bhtj', q, mean.mean(axis=2))
@@ -52,7 +52,8 @@ def _visible(q, k, block, top_k):
     )
     if top_k < count:
       after = ranked[..., top_k : top_k + 1]
-      margin = jnp.min(jnp.where(after > -jnp.inf, last - after, jnp.inf))
+      clear = jnp.where(after > -jnp.inf, last - after, jnp.inf)
+      margin = jnp.min(clear[..., 0], axis=1)
   return visible & (s <= t), margin
 
 
@@ -78,8 +79,8 @@ def reference(params, x, *, block, top_k, add=0, rotate=None, bias=0, **_):
 
 
 def margin(params, x, *, block, top_k, add=0, rotate=None, **_):
-  """How clear the closest choice is: the fit of the last block taken over that
-  of the first one left out. Below rounding error the choice is arbitrary."""
+  """How clear each token's closest choice is, 'b t': the fit of the last block
+  taken over that of the first one left out."""
   q, k, _ = _heads(params, x, rotate, add)
   return _visible(q, k, block, top_k)[1]
 

@@ -110,9 +110,11 @@ class S4D(Mixer):
     log_dt = param('log_dt', steps, width)
     skip = param('skip', nn.initializers.normal(1.0), width)
 
+    # Wide up to the gate: gradients of dt are sums over time that cancel.
+    u = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     z, memory = sequence.run(
       attend,
-      x,
+      u,
       tokens,
       memory,
       weights=(
@@ -121,7 +123,7 @@ class S4D(Mixer):
         log_dt,
       ),
     )
-    z = jax.nn.gelu(z + skip.astype(z.dtype) * x)
+    z = jax.nn.gelu(z + skip.astype(u.dtype) * u)
     z = Linear(2 * width, policy=self.policy, name='out')(z)
     left, right = jnp.split(z, 2, axis=-1)
     return left * jax.nn.sigmoid(right), memory
