@@ -19,25 +19,21 @@ same.
 
 import datetime
 import json
-import os
-import platform
 import re
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import compiled
+from experiments import compiled, machine
 from experiments.cells import Cell, plan
 from experiments.screen import Screen
 from jaxattn.analysis import report, table
@@ -120,8 +116,8 @@ def train(cell: Cell, folder: Path, fit, progress) -> Record:
     'folder': cell.folder,
     'config': cell.config,
     'about': cell.about,
-    'versions': versions(),
-    'device': device(),
+    'versions': machine.versions(),
+    'device': machine.device(),
     'date': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
   }
   if cell.error:
@@ -171,22 +167,6 @@ def references(records: Sequence[Record], folder: Path) -> dict[str, dict]:
         log.replace(path, json.dumps(kept, indent=2))
       found[record['task']] = kept[key]
   return found
-
-
-def versions() -> dict[str, str]:
-  packages = ('jax', 'flax', 'optax')
-  return {
-    **{package: metadata.version(package) for package in packages},
-    'python': platform.python_version(),
-  }
-
-
-def device() -> str:
-  devices = jax.devices()
-  kind = devices[0].device_kind
-  if devices[0].platform == 'cpu':
-    kind = f'CPU ({platform.machine()}, {os.cpu_count()} cores)'
-  return f'{len(devices)} x {kind}' if len(devices) > 1 else kind
 
 
 def show(records: Sequence[Record], console: Console) -> None:

@@ -1,0 +1,318 @@
+"""How fast the library is, beside what it is measured against.
+
+  python -m experiments.bench                 everything, about 15 minutes
+  python -m experiments.bench lm softmax      some sections
+  python -m experiments.bench growth --mechanism=gated_linear
+
+Sections:
+  lm        training a softmax language model: the library's LM beside the same
+            model written plainly with flax.linen.MultiHeadDotProductAttention
+  softmax   causal attention at 8192 tokens, forward and backward: in blocks,
+            dense, and jax.nn.dot_product_attention; time and temporary memory
+  growth    time of linear-time mechanisms from 4k to 32k tokens
+
+Contenders take turns, and a ratio is the median over the turns of the ratio
+within a turn: whatever else the machine does then hits all of them alike. Times
+are forward and backward. Results go to docs/benchmarks/, one file a section,
+with the command, versions, device and date.
+"""
+
+import argparse
+import datetime
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import track
+
+from experiments import compiled, machine
+from jaxattn import registry
+from jaxattn.analysis.table import markdown
+from jaxattn.core import softmax
+from jaxattn.core.masks import Causal
+from jaxattn.models.lm import LM
+from jaxattn.tasks.batch import nats
+
+Contender = Callable[[], Any]
+
+
+def take_turns(
+  contenders: Mapping[str, Contender], turns: int, said: str
+) -> dict[str, list[float]]:
+  """Seconds of each contender in each turn, the first call left out."""
+  for call in contenders.values():
+    jax.block_until_ready(call())
+  seconds: dict[str, list[float]] = {name: [] for name in contenders}
+  for _ in track(range(turns), said, console=Console(stderr=True)):
+    for name, call in contenders.items():
+      began = time.perf_counter()
+      jax.block_until_ready(call())
+      seconds[name].append(time.perf_counter() - began)
+  return seconds
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+  """The median of over / under, turn by turn."""
+  return statistics.median(a / b for a, b in zip(over, under))
+
+
+# -------------------------------------------------------------------------- lm
+
+VOCAB, WIDTH, DEPTH, HEADS, HIDDEN, ROWS, LENGTH = 256, 128, 4, 4, 384, 8, 256
+
+
+class PlainBlock(nn.Module):
+  """A layer as one writes it with flax alone."""
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.RMSNorm()(x)
+    mask = nn.make_causal_mask(y[..., 0])
+    x = x + nn.MultiHeadDotProductAttention(HEADS, use_bias=False)(y, mask=mask)
+    y = nn.RMSNorm()(x)
+    dense = lambda to: nn.Dense(to, use_bias=False)
+    return x + dense(WIDTH)(nn.silu(dense(HIDDEN)(y)) * dense(HIDDEN)(y))
+
+
+class Plain(nn.Module):
+  """The language model as one writes it with flax alone."""
+
+  @nn.compact
+  def __call__(self, ids):
+    embed = nn.Embed(VOCAB, WIDTH)
+    x = embed(ids)
+    for _ in range(DEPTH):
+      x = PlainBlock()(x)
+    return embed.attend(nn.RMSNorm()(x))
+
+
+def training(model: nn.Module, logits: Callable) -> Contender:
+  """Steps of training `model`, each from where the one before ended."""
+  rng = np.random.default_rng(0)
+  ids = jnp.asarray(rng.integers(0, VOCAB, (ROWS, LENGTH + 1)))
+  params = jax.jit(model.init)(jax.random.key(0), ids[:, :-1])
+  optimizer = optax.adamw(1e-3)
+
+  def step(params, state):
+    loss = lambda p: nats(
+      logits(model.apply(p, ids[:, :-1])), ids[:, 1:]
+    ).mean()
+    grads = jax.grad(loss)(params)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  step = jax.jit(step, donate_argnums=(0, 1))
+  now = [params, optimizer.init(params)]
+
+  def call():
+    now[:] = step(*now)
+    return now[0]
+
+  return call
+
+
+def lm(args) -> list[str]:
+  """Step rates of the two models."""
+  fields = {'multi_head': {'heads': HEADS, 'position': 'none'}}
+  ours = LM(VOCAB, WIDTH, DEPTH, mechanisms=fields, hidden=HIDDEN)
+  sizes = [
+    sum(leaf.size for leaf in jax.tree.leaves(shapes['params']))
+    for shapes in (
+      jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), int))
+      for model in (ours, Plain())
+    )
+  ]
+  if sizes[0] != sizes[1]:
+    raise AssertionError(f'the models differ: {sizes} parameters')
+  seconds = take_turns(
+    {
+      'jaxattn': training(ours, lambda out: out.logits),
+      'flax': training(Plain(), lambda out: out),
+    },
+    args.turns or 40,
+    'lm',
+  )
+  rate = {name: 1 / statistics.median(took) for name, took in seconds.items()}
+  rows = [
+    [name, f'{rate[name]:.2f}', f'{ratio(seconds["flax"], took):.2f}']
+    for name, took in seconds.items()
+  ]
+  return [
+    '# A softmax language model, trained',
+    f'{sizes[0]:,} parameters: width {WIDTH}, {DEPTH} layers, {HEADS} heads, '
+    f'no positions; {ROWS} rows of {LENGTH} tokens, AdamW, float32. The same '
+    'model through `jaxattn.models.lm.LM` and written plainly with '
+    '`flax.linen.MultiHeadDotProductAttention`.',
+    markdown(['model', 'steps/s', 'step rate over plain flax'], rows),
+  ]
+
+
+# --------------------------------------------------------------------- softmax
+
+
+def attention(args) -> list[str]:
+  """Blockwise causal attention beside dense forms."""
+  t, d = args.length, 64
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, k, v, w = (jax.random.normal(key, (1, t, 1, d)) for key in keys)
+  forms = {
+    'blocks': lambda q, k, v: softmax.attention(q, k, v, mask=Causal()),
+    'dense': lambda q, k, v: softmax.dense(q, k, v, mask=Causal()),
+    'jax.nn.dot_product_attention': lambda q, k, v: (
+      jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    ),
+  }
+  programs, memory = {}, {}
+  for name, form in forms.items():
+    loss = lambda q, k, v, form=form: jnp.sum(form(q, k, v) * w)
+    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    program = program.lower(q, k, v).compile()
+    memory[name] = program.memory_analysis().temp_size_in_bytes
+    programs[name] = lambda program=program: program(q, k, v)
+  seconds = take_turns(programs, args.turns or 7, 'softmax')
+  rows = [
+    [
+      f'`{name}`',
+      f'{1e3 * statistics.median(seconds[name]):.0f}',
+      f'{ratio(seconds[name], seconds["blocks"]):.1f}',
+      f'{memory[name] / 2**20:,.1f}',
+      f'{memory[name] / memory["blocks"]:.0f}',
+    ]
+    for name in forms
+  ]
+  head = ['form', 'ms', 'times blocks', 'temporary MiB', 'times blocks']
+  return [
+    f'# Causal softmax attention at {t:,} tokens',
+    f'One head of width {d}, float32, forward and backward.',
+    markdown(head, rows),
+  ]
+
+
+# ---------------------------------------------------------------------- growth
+
+LENGTHS = (4096, 8192, 16384, 32768)
+
+
+def linear_time() -> list[str]:
+  """Mechanisms whose state does not grow: their time is linear, or t log t."""
+
+  def fixed(name):
+    spec, mixer = registry.spec(name), registry.make(name, width=64)
+    return spec.state_bytes(mixer, 64, 8192) == spec.state_bytes(
+      mixer, 64, 4096
+    )
+
+  return [
+    name for name in registry.names() if fixed(name) or registry.spec(name).fft
+  ]
+
+
+def growing(name: str, length: int) -> Contender:
+  """Forward and backward of one mechanism at a length."""
+  fields = {'taps': max(LENGTHS)} if name == 'base_conv' else {}
+  mixer = registry.make(name, width=64, **fields)
+  x = jax.random.normal(jax.random.key(0), (1, length, 64))
+  variables = jax.jit(mixer.init)(jax.random.key(1), x[:, :64])
+
+  @jax.jit
+  def both(variables, x):
+    rest = {**variables}
+    params = rest.pop('params')
+    loss = lambda params, x: jnp.sum(
+      jnp.sin(mixer.apply({**rest, 'params': params}, x).y)
+    )
+    return jax.grad(loss, (0, 1))(params, x)
+
+  return lambda: both(variables, x)
+
+
+def growth(args) -> list[str]:
+  """The exponent of time in length; for FFT forms, time over n log n."""
+  rows = []
+  for name in args.mechanism or linear_time():
+    calls = {str(n): growing(name, n) for n in LENGTHS}
+    seconds = take_turns(calls, args.turns or 7, name)
+    took = [statistics.median(seconds[str(n)]) for n in LENGTHS]
+    slope = np.polyfit(np.log(LENGTHS), np.log(took), 1)[0]
+    spread = '-'
+    if registry.spec(name).fft:
+      per = [s / (n * math.log(n)) for s, n in zip(took, LENGTHS)]
+      spread = f'{max(per) / min(per) - 1:.0%}'
+    cells = [f'{1e3 * s:.0f}' for s in took]
+    rows.append([f'`{name}`', *cells, f'{slope:.2f}', spread])
+  head = [
+    'mechanism',
+    *(f'ms at {n:,}' for n in LENGTHS),
+    'exponent',
+    'spread of time / (n log n)',
+  ]
+  return [
+    '# Time against length',
+    'One row of width 64, default fields, float32, forward and backward. The '
+    'exponent is the slope of log time over log length; a Fourier transform '
+    'takes n log n, so for those the last column is the one to read.',
+    markdown(head, rows),
+  ]
+
+
+SECTIONS = {'lm': lm, 'softmax': attention, 'growth': growth}
+
+
+def parser() -> argparse.ArgumentParser:
+  description, _, epilog = __doc__.partition('\n\n')
+  flags = argparse.ArgumentParser(
+    'python -m experiments.bench',
+    description=description,
+    epilog=epilog,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  flags.add_argument(
+    'section', nargs='*', help=f'of {", ".join(SECTIONS)}; all by default'
+  )
+  flags.add_argument('--turns', type=int, help='how often each takes its turn')
+  flags.add_argument(
+    '--length', type=int, default=8192, help='tokens, of section softmax'
+  )
+  flags.add_argument(
+    '--mechanism', action='append', help='of section growth; may be repeated'
+  )
+  flags.add_argument(
+    '--out', type=Path, default=Path('docs/benchmarks'), help='folder'
+  )
+  return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  flags = parser()
+  args = flags.parse_args(argv)
+  unknown = sorted(set(args.section) - set(SECTIONS))
+  if unknown:
+    hint = registry.did_you_mean(unknown[0], SECTIONS)
+    flags.error(f'no section {unknown[0]!r}.{hint}')
+  compiled.keep()
+  console = Console(soft_wrap=True)
+  for name in args.section or SECTIONS:
+    title, *rest = SECTIONS[name](args)
+    words = shlex.join(['python', '-m', 'experiments.bench', *sys.argv[1:]])
+    versions = ', '.join(f'{k} {v}' for k, v in machine.versions().items())
+    today = datetime.date.today().isoformat()
+    made = f'Made by `{words}`: {machine.device()}; {versions}; {today}.'
+    page = '\n\n'.join([title, made, *rest]) + '\n'
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f'{name}.md').write_text(page, encoding='utf-8')
+    console.print(page, markup=False, highlight=False)
+
+
+if __name__ == '__main__':
+  main()
