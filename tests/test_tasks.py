@@ -14,7 +14,15 @@ import pytest
 
 from jaxattn.tasks import batch as batches
 from jaxattn.tasks import bytes as byte_task
-from jaxattn.tasks import draw, mqar, ngram, registry
+from jaxattn.tasks import (
+  draw,
+  induction,
+  linear_regression,
+  mqar,
+  ngram,
+  registry,
+  selective_copy,
+)
 
 WORDS = (
   'def',
@@ -59,7 +67,17 @@ def small_bytes(folder, **fields):
   return registry.make('bytes', path=str(folder), **fields)
 
 
-@pytest.fixture(params=['mqar', 'mqar random', 'mqar finite', 'bytes'])
+TOKENS = (
+  'mqar',
+  'mqar random',
+  'mqar finite',
+  'bytes',
+  'induction',
+  'selective_copy',
+)
+
+
+@pytest.fixture(params=[*TOKENS, 'linear_regression'])
 def task(request, folder):
   if request.param == 'bytes':
     return small_bytes(folder)
@@ -69,6 +87,9 @@ def task(request, folder):
     'mqar finite': mqar.make(
       'quick', train_size=100, step_rows=20, test_rows=20
     ),
+    'induction': induction.make('quick', test_rows=20),
+    'selective_copy': selective_copy.make('quick', length=24, test_rows=20),
+    'linear_regression': linear_regression.make('quick', test_rows=20),
   }[request.param]
 
 
@@ -190,23 +211,27 @@ def test_purity_rejects(mutant):
 def test_batch_is_a_pytree_of_the_promised_arrays(task):
   batch = task.batch('train', 0, range(3))
   shape = (3, task.length)
-  for name, dtype in [
-    ('inputs', np.int32),
-    ('targets', np.int32),
-    ('weights', np.float32),
+  kind, wide = np.int32, shape
+  if not hasattr(task, 'vocab'):
+    kind, wide = np.float32, (*shape, task.features)
+  for name, dtype, size in [
+    ('inputs', kind, wide),
+    ('targets', kind, shape),
+    ('weights', np.float32, shape),
   ]:
     array = getattr(batch, name)
     assert isinstance(array, np.ndarray)
-    assert array.shape == shape
+    assert array.shape == size
     assert array.dtype == dtype
   assert batch.packing is None
-  assert batch.inputs.max() < task.vocab
-  assert batch.targets.max() < task.vocab
-  assert batch.inputs.min() >= 0
+  if hasattr(task, 'vocab'):
+    assert batch.inputs.max() < task.vocab
+    assert batch.targets.max() < task.vocab
+    assert batch.inputs.min() >= 0
   assert np.array_equal(batch.weights.sum(1), np.full(3, task.asked))
   doubled = jax.jit(lambda b: jax.tree.map(lambda x: 2 * x, b))(batch)
   assert isinstance(doubled, batches.Batch)
-  assert task.batch('train', 0, range(0)).inputs.shape == (0, task.length)
+  assert task.batch('train', 0, range(0)).inputs.shape == (0, *wide[1:])
 
 
 @pytest.mark.parametrize(
@@ -224,6 +249,7 @@ def test_batches_that_do_not_exist(task, split, step, rows, message):
     task.batch(split, step, rows)
 
 
+@pytest.mark.parametrize('task', TOKENS, indirect=True)
 def test_metrics_equal_a_slow_sum(task):
   rng = np.random.default_rng(0)
   batch = task.batch('test', 0, range(4))
@@ -239,6 +265,11 @@ def test_metrics_equal_a_slow_sum(task):
     total, count = scores[name]
     assert count == len(values)
     np.testing.assert_allclose(total, np.sum(values), rtol=1e-6)
+  losses = task.losses(logits, batch)
+  assert losses.shape == batch.weights.shape
+  np.testing.assert_allclose(
+    np.sum(losses * batch.weights), scores['loss'][0], rtol=1e-6
+  )
   assert task.headline in scores
   assert task.better in ('higher', 'lower')
   assert set(task.chance) <= set(scores)
@@ -255,9 +286,15 @@ def test_fingerprints_follow_the_data(task):
   print_ = task.fingerprint()
   assert len(print_) == 16
   assert print_ == dataclasses.replace(task).fingerprint()
-  changes = [{'seed': 1}, {'length': 32}, {'test_rows': 10}]
+  changes = [{'seed': 1}, {'test_rows': 10}]
+  if isinstance(task, linear_regression.LinearRegression):
+    changes += [{'pairs': 9}, {'dimension': 3}, {'noise': 0.1}]
+  else:
+    changes += [{'length': 32}]
   if isinstance(task, mqar.MQAR):
     changes += [{'pairs': 3}, {'power': 0.5}, {'vocab': 66}]
+  if isinstance(task, selective_copy.SelectiveCopy):
+    changes += [{'tokens': 3}, {'vocab': 9}]
   prints = {
     dataclasses.replace(task, **change).fingerprint() for change in changes
   }
@@ -277,7 +314,13 @@ def test_fingerprint_shows_a_changed_generator():
 
 
 def test_tasks_are_found_by_file_name(tmp_path, monkeypatch):
-  assert {'bytes', 'mqar'} <= set(registry.names())
+  assert {
+    'bytes',
+    'induction',
+    'linear_regression',
+    'mqar',
+    'selective_copy',
+  } <= set(registry.names())
   assert 'ngram' not in registry.names()
   assert registry.find('mqar') is mqar
   assert registry.make('mqar', 'cpu', pairs=8).pairs == 8

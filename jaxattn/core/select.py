@@ -134,7 +134,6 @@ def attend_chosen(
     fit = jnp.einsum('bchd,bnhd->bchn', jax.lax.stop_gradient(q), mean)
     before = blocks.number[:, None] < order[..., None] // size
     may = before & (blocks.segments[:, None] == segments[..., None])
-    may &= segments[..., None] > 0
     fit = jnp.where(may[:, :, None], fit, -jnp.inf)
     best, which = jax.lax.top_k(fit, chosen)  # 'b c h j'
     k, v = (_gathered(a, which) for a in (blocks.keys, blocks.values))

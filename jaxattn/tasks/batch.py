@@ -9,10 +9,17 @@ configuration. Its batches are a pure function of (seed, split, step, row):
 - `batch('test', 0, rows)`: the test set is one long batch of `test_rows` rows.
   Read it in pieces of any size: `range(0, 64)`, `range(64, 128)`, ...
 
-Beside it stand `vocab`, `length`, `asked` (positions a row that count),
-`metrics(logits, batch)`, `headline` and `better`, `chance`, `oracle` (None
-where nobody knows one), `fingerprint()`, and in the module `PRESETS` and
-`make(preset, **fields)`.
+Beside it stand
+
+- `length`, `asked` (positions a row that count), and what a model must know:
+  `vocab` where inputs are token ids, else `features` and `outputs`, the numbers
+  that come in and go out at every position;
+- `losses(outputs, batch)`, 'b t', what training lowers at each position: `nats`
+  for token ids; `metrics(outputs, batch)`, (sum, count) by name; `headline`,
+  the name of the one that tells most, and `better`, 'lower' or 'higher';
+- `chance`, scores of a guess, and `oracle`, who answers from the inputs alone
+  as well as anyone can (None where nobody knows how);
+- `fingerprint()`, and in the module `PRESETS` and `make(preset, **fields)`.
 """
 
 import dataclasses
@@ -38,8 +45,8 @@ class Batch:
   data, and a model never slices time.
   """
 
-  inputs: Any  # 'b t' int32: token ids
-  targets: Any  # 'b t' int32: the right answer; 0 where none is asked
+  inputs: Any  # 'b t' int32: token ids; or 'b t f' float32: features
+  targets: Any  # 'b t' like the inputs: the answer; 0 where none is asked
   weights: Any  # 'b t' float32: 1 where an answer is asked, else 0
   packing: Packing | None = None  # None: one dense segment a row
 

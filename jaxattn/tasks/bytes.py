@@ -141,13 +141,17 @@ class Bytes:
     inputs, targets = crop[:, :-1], crop[:, 1:]
     return Batch(inputs, targets, np.ones(targets.shape, np.float32))
 
+  def losses(self, logits, batch: Batch):
+    """-log p of the right answer in nats, 'b t': what training lowers."""
+    return nats(logits, batch.targets)
+
   def metrics(self, logits, batch: Batch) -> dict[str, tuple]:
     """(sum, count) of bits per byte, accuracy and loss in nats.
 
     `bits_per_byte@32-64` is over positions 32 to 63 of the row alone, which see
     33 to 64 bytes of context: does a longer context help?
     """
-    loss = nats(logits, batch.targets)
+    loss = self.losses(logits, batch)
     bits = loss / math.log(2)
     scores = {
       'bits_per_byte': weighed(bits, batch.weights),

@@ -59,6 +59,22 @@ def distinct(key: np.ndarray, n: int, bound: int, stream: int) -> np.ndarray:
   return np.take_along_axis(chosen, order, axis=1)
 
 
+def normal(key: np.ndarray, n: int, stream: int) -> np.ndarray:
+  """n float64 a row, standard normal, 'b n'.
+
+  Box and Muller, "A note on the generation of random normal deviates", 1958,
+  https://doi.org/10.1214/aoms/1177706645: a point of the plane has a uniform
+  angle, and its squared radius is exponential. Here alone platforms may differ
+  in the last bit of float64; float32 next to never shows it.
+  """
+  pairs = -(-n // 2)
+  u = uniform(key, 2 * pairs, stream).reshape(len(key), pairs, 2)
+  radius = np.sqrt(-2 * np.log(u[:, :, 0]))
+  angle = 2 * np.pi * u[:, :, 1]
+  points = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+  return points.reshape(len(key), 2 * pairs)[:, :n]
+
+
 def permutation(*words: int, size: int) -> np.ndarray:
   """A random order of range(size)."""
   return np.argsort(keys(*words, rows=np.arange(size)), kind='stable')

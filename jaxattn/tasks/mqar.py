@@ -191,11 +191,15 @@ class MQAR:
     same = inputs[:, :, None] == keys[:, None, :]
     return (same * values[:, None, :]).sum(-1)
 
+  def losses(self, logits, batch: Batch):
+    """-log p of the right answer in nats, 'b t': what training lowers."""
+    return nats(logits, batch.targets)
+
   def metrics(self, logits, batch: Batch) -> dict[str, tuple]:
     """(sum, count) of accuracy and of loss in nats, over the queries."""
     return {
       'accuracy': weighed(right(logits, batch.targets), batch.weights),
-      'loss': weighed(nats(logits, batch.targets), batch.weights),
+      'loss': weighed(self.losses(logits, batch), batch.weights),
     }
 
   def fingerprint(self) -> str:

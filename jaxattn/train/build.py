@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from jaxattn.models.lm import LM
+from jaxattn.models.regressor import Regressor
 from jaxattn.nn import Policy
 from jaxattn.registry import did_you_mean
 from jaxattn.tasks import registry as tasks
@@ -60,7 +63,10 @@ COUNTS = (
   'keep',
 )
 
-MODELS = {'lm': LM}
+MODELS = {'lm': LM, 'regressor': Regressor}
+
+# Fields of a model that its task sets.
+TOLD = {'lm': ('vocab',), 'regressor': ('features', 'outputs')}
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,27 +96,50 @@ def build(config: Mapping[str, Any]) -> tuple[Any, nn.Module]:
   """
   config = complete(config)
   task = tasks.make(**config['task'])
-  return task, model(config, task.vocab)
+  return task, model(config, facts(task))
 
 
-def model(config: Mapping[str, Any], vocab: int) -> nn.Module:
-  """The model of a configuration, for a vocabulary of `vocab` ids."""
+def facts(task: Any) -> dict[str, int]:
+  """What must be known of a task to build a model for it."""
+  names = ('length', 'vocab', 'features', 'outputs')
+  return {name: getattr(task, name) for name in names if hasattr(task, name)}
+
+
+def model(config: Mapping[str, Any], facts: Mapping[str, Any]) -> nn.Module:
+  """The model of a configuration, for a task of these `facts`."""
   config = complete(config)
   fields = dict(config['model'])
   name = fields.pop('name')
   if name not in MODELS:
     raise ValueError(f'no model {name!r}.{did_you_mean(name, MODELS)}')
-  # `vocab` comes from the task, `policy` has a section of its own; `parent` and
-  # `name` are Linen's.
-  taken = ('vocab', 'policy', 'parent', 'name')
+  # `policy` has a section of its own; `parent` and `name` are Linen's.
+  taken = (*TOLD[name], 'policy', 'parent', 'name')
   known = {f.name for f in dataclasses.fields(MODELS[name])}.difference(taken)
   for field in fields:
     if field not in known:
       raise ValueError(
         f'model {name!r} has no field {field!r}.{did_you_mean(field, known)}'
       )
+  missing = [field for field in TOLD[name] if field not in facts]
+  if missing:
+    fitting = [
+      other for other, told in TOLD.items() if all(f in facts for f in told)
+    ]
+    raise ValueError(
+      f'model {name!r} needs {" and ".join(missing)}, which the task '
+      f'{config["task"]["name"]!r} does not have; models that fit it: '
+      f'{", ".join(fitting)}'
+    )
+  told = {field: facts[field] for field in TOLD[name]}
   policy = Policy(**config['policy'])
-  return MODELS[name](vocab, policy=policy, **fields)
+  return MODELS[name](**told, policy=policy, **fields)
+
+
+def blank(facts: Mapping[str, Any], rows: int) -> jax.Array:
+  """Inputs of a task, all zero: what its model is initialised on."""
+  if 'vocab' in facts:
+    return jnp.zeros((rows, facts['length']), jnp.int32)
+  return jnp.zeros((rows, facts['length'], facts['features']), jnp.float32)
 
 
 def _fill(defaults: Any, given: Any, path: str = '') -> Any:

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-  """A trained model: `model.apply(params, ids)`.
+  """A trained model: `model.apply(params, inputs)`.
 
   Attributes:
     model: the module.
@@ -75,8 +75,7 @@ def claim(
   workdir = Path(workdir)
   now = {
     'fingerprint': task.fingerprint(),
-    'vocab': task.vocab,
-    'length': task.length,
+    **build.facts(task),
     'better': task.better,
     'versions': {'jax': jax.__version__, 'orbax': ocp.__version__},
     'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
@@ -252,9 +251,9 @@ def load(workdir: str | os.PathLike) -> Loaded:
   config, run = _read(workdir / 'config.json'), _read(workdir / 'run.json')
   if not (workdir / CHECKPOINTS).exists():
     raise ValueError(f'{workdir} has no checkpoint yet')
-  model = build.model(config, run['vocab'])
-  ids = jnp.zeros((1, run['length']), jnp.int32)
-  variables = jax.eval_shape(model.init, jax.random.key(0), ids)
+  model = build.model(config, run)
+  blank = build.blank(run, rows=1)
+  variables = jax.eval_shape(model.init, jax.random.key(0), blank)
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),

@@ -1,6 +1,8 @@
 """One training step, as one compiled program.
 
-    loss = sum_i w_i nll_i / sum_i w_i           over the whole batch
+    loss = sum_i w_i loss_i / sum_i w_i          over the whole batch
+
+loss_i is what the task's `losses` says of position i.
 
 The batch comes in `accumulate` slices, one after the other through the same
 program, and the gradients add up: since the weights are summed before any slice
@@ -23,7 +25,8 @@ import optax
 
 from jaxattn.parallel import mesh as meshes
 from jaxattn.parallel import place
-from jaxattn.tasks.batch import Batch, nats, weighed
+from jaxattn.tasks.batch import Batch, weighed
+from jaxattn.train import build
 from jaxattn.typing import Array, PyTree
 
 
@@ -172,10 +175,10 @@ def programs(
     return jax.random.split(jax.random.key(seed))
 
   def init() -> TrainState:
-    ids = jnp.zeros((feed.rows, task.length), jnp.int32)
+    inputs = build.blank(build.facts(task), feed.rows)
     # Explicit shardings are types: initialise on what training will see.
-    ids = place.put(ids, jax.P(meshes.DATA))
-    variables = model.init(keys()[0], ids)
+    inputs = place.put(inputs, jax.P(meshes.DATA))
+    variables = model.init(keys()[0], inputs)
     params = variables['params']
     return TrainState(
       step=jnp.int32(0),
@@ -186,7 +189,7 @@ def programs(
     )
 
   def loss(params, stats, batch, key, count):
-    (logits, _), changed = model.apply(
+    (outputs, _), changed = model.apply(
       {'params': params, 'stats': stats},
       batch.inputs,
       batch.packing,
@@ -194,7 +197,7 @@ def programs(
       rngs={'dropout': key},
       mutable=['stats'],
     )
-    total, _ = weighed(nats(logits, batch.targets), batch.weights)
+    total, _ = weighed(task.losses(outputs, batch), batch.weights)
     return total / count, (total, changed.get('stats', {}))
 
   def gradients(state, batch):
@@ -255,8 +258,8 @@ def programs(
 
   def evaluate(variables, batch):
     def one(part):
-      logits, _ = model.apply(variables, part.inputs, part.packing)
-      return task.metrics(logits, part)
+      outputs, _ = model.apply(variables, part.inputs, part.packing)
+      return task.metrics(outputs, part)
 
     return jax.tree.map(lambda a: a.sum(0), jax.lax.map(one, batch))
 
