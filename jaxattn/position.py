@@ -17,6 +17,9 @@ class Position(nn.Module):
 
   scores = False  # True where `score` answers: caches then keep positions
 
+  def check(self, head_dim: int) -> None:
+    """Raises ValueError if the fields cannot work on heads of this width."""
+
   def add(self, x: Stream, positions: Array) -> Stream:
     """The input 'b t m' of a mechanism, at `positions` 'b t'."""
     del positions

@@ -139,7 +139,7 @@ def test_packed_rows_and_bfloat16():
     ({'mixer': 'mult_head'}, 'Did you mean multi_head'),
     (
       {'mixer': 'multi_head', 'mechanisms': {'multi_head': {'causal': False}}},
-      'is not causal.*Mechanisms that are causal: delta_net',
+      'is not causal.*Mechanisms that are causal: .*delta_net',
     ),
     (
       {'mixer': 'multi_head', 'mechanisms': {'multi_head': {'heads': 3}}},
@@ -188,26 +188,14 @@ def test_mixers_refuse_what_does_not_fit():
 
 @pytest.mark.parametrize('name', jaxattn.names())
 def test_empty_inputs_and_one_token(name):
-  mixer = jaxattn.make(name, width=8, **FIELDS.get(name, {}))
-  x = jax.random.normal(jax.random.key(0), (2, 1, 8))
+  mixer = jaxattn.make(name, width=12, **jaxattn.spec(name).examples[0])
+  x = jax.random.normal(jax.random.key(0), (2, 1, 12))
   variables = jax.jit(mixer.init)(jax.random.key(1), x[:, :0])
-  assert mixer.apply(variables, x[:, :0]).y.shape == (2, 0, 8)
+  assert mixer.apply(variables, x[:, :0]).y.shape == (2, 0, 12)
   call = functools.partial(mixer.apply, return_state=True)
   y, state = jax.jit(call)(variables, x)
   same, after = mixer.apply(variables, x[:, :0], state=state, return_state=True)
-  assert same.shape == (2, 0, 8)
+  assert same.shape == (2, 0, 12)
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
     assert np.array_equal(a, b)
   assert np.all(np.isfinite(y))
-
-
-@pytest.mark.parametrize('name', jaxattn.names())
-def test_flax_nnx(name):
-  """NNX users are served through the bridge."""
-  from flax import nnx
-
-  mixer = jaxattn.make(name, **FIELDS.get(name, {}))
-  x = jax.random.normal(jax.random.key(0), (1, 4, 8))
-  module = nnx.bridge.ToNNX(mixer, rngs=nnx.Rngs(0)).lazy_init(x)
-  y, _ = module(x)
-  assert y.shape == x.shape

@@ -81,7 +81,7 @@ def test_make_needs_no_width():
   ('call', 'message'),
   [
     (lambda: jaxattn.make('gated_liner'), 'Did you mean gated_linear'),
-    (lambda: jaxattn.make('zzz'), 'There are: delta_net'),
+    (lambda: jaxattn.make('zzz'), 'There are: base_conv'),
     (lambda: jaxattn.make('no.such.file'), 'no mechanism'),
     (lambda: jaxattn.make('multi_head', head=2), 'Did you mean heads'),
     (lambda: jaxattn.make('multi_head', width=10, heads=4), 'heads=4'),

@@ -36,5 +36,14 @@ class RopePosition(Position):
   base: float = 10_000.0
   width: int | None = None
 
+  def check(self, head_dim):
+    width = head_dim if self.width is None else self.width
+    if width % 2 or not 0 < width <= head_dim:
+      raise ValueError(
+        f'rope turns pairs of channels: width={width} must be even and at most '
+        f'the width of the heads, {head_dim}; choose another number of heads, '
+        "or position='none'"
+      )
+
   def rotate(self, x, positions):
     return rope.rotate(x, positions, base=self.base, width=self.width)

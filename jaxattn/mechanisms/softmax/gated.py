@@ -98,7 +98,8 @@ class Gated(Mixer):
       )
     if self.gate == 'dense' and self.shared:
       raise ValueError("gated: gate='dense' has no heads to be shared over")
-    position(self.position, parent=None)
+    head_dim = self.head_dim or width // self.heads
+    position(self.position, parent=None).check(head_dim)
 
   def memory(self, batch, length, width, dtype):
     d = self.head_dim or width // self.heads

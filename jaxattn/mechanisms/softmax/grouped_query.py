@@ -104,7 +104,8 @@ class GroupedQuery(Mixer):
         f'grouped_query: heads={self.heads} do not divide by '
         f'kv_heads={self.kv_heads}'
       )
-    position(self.position, parent=None)
+    head_dim = self.head_dim or width // self.heads
+    position(self.position, parent=None).check(head_dim)
 
   def memory(self, batch, length, width, dtype):
     d = self.head_dim or width // self.heads

@@ -140,7 +140,8 @@ class MixtureOfHeads(Mixer):
         f'mixture_of_heads: top_k={self.top_k} must be at least 1 and at most '
         f'heads - shared = {self.heads} - {self.shared}'
       )
-    position(self.position, parent=None)
+    head_dim = self.head_dim or width // self.heads
+    position(self.position, parent=None).check(head_dim)
 
   def memory(self, batch, length, width, dtype):
     d = self.head_dim or width // self.heads

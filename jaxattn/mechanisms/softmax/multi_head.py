@@ -95,7 +95,8 @@ class MultiHead(Mixer):
         f'multi_head: width={width} does not divide by heads={self.heads}; '
         'choose another number of heads or give head_dim'
       )
-    position(self.position, parent=None)
+    head_dim = self.head_dim or width // self.heads
+    position(self.position, parent=None).check(head_dim)
 
   def memory(self, batch, length, width, dtype):
     d = self.head_dim or width // self.heads

@@ -93,7 +93,8 @@ class Sigmoid(Mixer):
         'sigmoid: causal=False wants an offset, such as -log of the length: '
         'how many keys a token will see is not known'
       )
-    position(self.position, parent=None)
+    head_dim = self.head_dim or width // self.heads
+    position(self.position, parent=None).check(head_dim)
 
   def memory(self, batch, length, width, dtype):
     d = self.head_dim or width // self.heads

@@ -137,7 +137,9 @@ class Moba(Mixer):
         f'moba: block={self.block} must be at least 1 and top_k={self.top_k} '
         'at least 0'
       )
-    if position(self.position, parent=None).scores:
+    encoding = position(self.position, parent=None)
+    encoding.check(self.head_dim or width // self.heads)
+    if encoding.scores:
       raise ValueError(
         f'moba: position={self.position!r} biases scores, but blocks are '
         "chosen by keys alone; take one that rotates or adds, such as 'rope'"

@@ -83,7 +83,8 @@ class SlidingWindow(Mixer):
         f'sliding_window: window={self.window} must be at least 1 and '
         f'sinks={self.sinks} at least 0'
       )
-    position(self.position, parent=None)
+    head_dim = self.head_dim or width // self.heads
+    position(self.position, parent=None).check(head_dim)
 
   def memory(self, batch, length, width, dtype):
     d = self.head_dim or width // self.heads
