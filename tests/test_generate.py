@@ -55,14 +55,15 @@ def single(name):
 
 def made(cls=LM, **fields):
   """A model and its variables, large enough that its answers vary."""
-  fields = {'vocab': VOCAB, 'width': 8, 'hidden': 16, 'policy': ZEROS} | fields
+  fields = {'vocab': VOCAB, 'width': 12, 'hidden': 16, 'policy': ZEROS} | fields
   key = jax.random.key(0, impl='rbg')
   variables = jax.jit(LM(**fields).init)(key, jnp.zeros((1, 1), jnp.int32))
   draws = np.random.default_rng(1)
-  variables = jax.tree.map(
-    lambda leaf: np.asarray(leaf) + draws.normal(0, 0.4, leaf.shape), variables
+  params = jax.tree.map(
+    lambda leaf: np.float32(leaf + draws.normal(0, 0.4, leaf.shape)),
+    variables['params'],
   )
-  return cls(**fields), jax.device_put(jax.tree.map(np.float32, variables))
+  return cls(**fields), {**variables, 'params': jax.device_put(params)}
 
 
 def mutated(model, cls):

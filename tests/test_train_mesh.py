@@ -1,5 +1,7 @@
 """Training over eight simulated devices equals training on one.
 
+The batch is split over all of them, or over two, and time over four.
+
 All of it runs in one process of its own, since a process chooses once how many
 devices it simulates: this file, run as a program, prints what it found.
 """
@@ -21,7 +23,7 @@ from jaxattn.tasks.mqar import MQAR
 from jaxattn.train import build, checkpoint, optimizer, step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MECHANISMS = ('multi_head', 'gated_linear')
+MECHANISMS = ('multi_head', 'gated_linear', 'mixture_of_heads')
 STEPS = 5
 CONFIG = {
   'steps': STEPS,
@@ -103,6 +105,8 @@ def main(workdir):
       'one': over(one, mixer),
       'explicit': over(meshes.make(), mixer, f'{workdir}/{mixer}'),
       'auto': over(meshes.make(axis_types='auto'), mixer),
+      'time': over(meshes.make(seq=4), mixer),
+      'time, auto': over(meshes.make(seq=4, axis_types='auto'), mixer),
     }
   try:
     step.Feed(MQAR(), 12, 1, meshes.make())
@@ -133,7 +137,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize('mixer', MECHANISMS)
-@pytest.mark.parametrize('mode', ['explicit', 'auto'])
+@pytest.mark.parametrize('mode', ['explicit', 'auto', 'time', 'time, auto'])
 class TestMesh:
   def test_losses_are_those_of_one_device(self, found, mixer, mode):
     one, eight = found[mixer]['one'], found[mixer][mode]
@@ -149,7 +153,8 @@ class TestMesh:
   def test_weights_and_moments_are_split(self, found, mixer, mode):
     split = found[mixer][mode]['split']
     kernels = {name for name in split if name.endswith(('kernel', 'table'))}
-    parts = {name for name, share in split.items() if share == [1 / 8, 1 / 8]}
+    part = 1 / 2 if 'time' in mode else 1 / 8  # over `data` alone
+    parts = {name for name, share in split.items() if share == [part, part]}
     whole = {name for name, share in split.items() if share == [1, 1]}
     assert parts | whole == set(split)
     assert parts <= kernels

@@ -22,7 +22,11 @@ from jaxattn.mixer import Mixer
 from jaxattn.models import pattern
 from jaxattn.nn import Dropout, Embed, Linear, Norm, Policy
 from jaxattn.packing import Packing
+from jaxattn.parallel import gather
 from jaxattn.typing import Array, Float, PerToken, PyTree, Stream
+
+# What layers may have, stacked where layers are scanned over.
+COLLECTIONS = ('params', 'stats', 'losses', 'intermediates')
 
 
 class Modelled(NamedTuple):
@@ -227,13 +231,13 @@ class LM(nn.Module):
     Args and semantics are those of `Mixer.__call__`.
     """
     embed = Embed(self.vocab, self.width, self.policy, name='embed')
-    x = embed(ids)
+    x = gather.local(embed(ids))
     after = []
     for g, (unit, repeats) in enumerate(pattern.groups(self.layers())):
       module = nn.remat(Unit, prevent_cse=False) if self.remat else Unit
       scanned = nn.scan(
         module,
-        variable_axes={'params': 0, 'stats': 0, 'intermediates': 0},
+        variable_axes={name: 0 for name in COLLECTIONS},
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, nn.broadcast),
         length=repeats,

@@ -2,7 +2,9 @@
 
     loss = sum_i w_i loss_i / sum_i w_i          over the whole batch
 
-loss_i is what the task's `losses` says of position i.
+loss_i is what the task's `losses` says of position i. What mechanisms sow into
+the collection `losses`, as pairs (sum, count), is added to what is minimised,
+each pair as its mean; it is not part of the loss that is reported.
 
 The batch comes in `accumulate` slices, one after the other through the same
 program, and the gradients add up: since the weights are summed before any slice
@@ -80,7 +82,8 @@ class Feed:
     task: where rows come from.
     batch: rows of a training step.
     accumulate: slices of a batch.
-    mesh: its `data` axis splits the rows of each slice.
+    mesh: its `data` axis splits the rows of each slice, and its `seq` axis
+      time, where the length divides.
 
   Raises:
     ValueError: the rows do not divide.
@@ -140,14 +143,22 @@ class Feed:
       rows = np.asarray(rows)
       rows = rows.reshape(*index.shape, *rows.shape[1:])
       shape = (self.accumulate, self.rows, *rows.shape[2:])
+      spec = jax.P(None, *place.tokens(*shape[1:3], self.mesh))
       return jax.make_array_from_process_local_data(
-        self._sharding(), rows, shape
+        jax.NamedSharding(self.mesh, spec), rows, shape
       )
 
     return jax.tree.map(spread, batch)
 
   def _sharding(self) -> jax.NamedSharding:
     return jax.NamedSharding(self.mesh, jax.P(None, meshes.DATA))
+
+
+def auxiliary(losses: PyTree) -> list[Array]:
+  """The losses that layers have sown as pairs (sum, count), as means."""
+  pair = lambda x: isinstance(x, tuple) and not isinstance(x[0], tuple)
+  pairs = jax.tree.leaves(losses, is_leaf=pair)
+  return [jnp.sum(sum / jnp.maximum(count, 1)) for sum, count in pairs]
 
 
 def programs(
@@ -177,7 +188,7 @@ def programs(
   def init() -> TrainState:
     inputs = build.blank(build.facts(task), feed.rows)
     # Explicit shardings are types: initialise on what training will see.
-    inputs = place.put(inputs, jax.P(meshes.DATA))
+    inputs = place.put(inputs, place.tokens(*inputs.shape[:2], mesh))
     variables = model.init(keys()[0], inputs)
     params = variables['params']
     return TrainState(
@@ -195,10 +206,13 @@ def programs(
       batch.packing,
       deterministic=False,
       rngs={'dropout': key},
-      mutable=['stats'],
+      mutable=['stats', 'losses'],
     )
     total, _ = weighed(task.losses(outputs, batch), batch.weights)
-    return total / count, (total, changed.get('stats', {}))
+    value = total / count
+    for part in auxiliary(changed.get('losses', {})):
+      value += part / feed.accumulate
+    return value, (total, changed.get('stats', {}))
 
   def gradients(state, batch):
     """Gradients of the loss over all slices, its sum and count, the stats."""
