@@ -60,6 +60,7 @@ def pytest_generate_tests(metafunc):
   metafunc.parametrize('mechanism', cases, scope='module')
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(config, items):
   """With --mechanism, only the tests of mechanisms are of interest.
 

@@ -38,7 +38,9 @@ def gated_step(state, tokens, weights):
 
 
 def delta_step(state, tokens, weights):
-  q, k, v, beta = tokens
+  q, k, v, beta, *log_decay = tokens
+  for w in log_decay:
+    state = state * jnp.exp(w)[..., None, None]
   error = v - (k[..., None] * state).sum(-2)
   state = state + k[..., None] * (beta[..., None] * error)[..., None, :]
   return state, (q[..., None] * state).sum(-2)
@@ -145,6 +147,11 @@ def cases():
   chunked = {'chunked': bind(recurrence.chunked, chunk=CHUNK)}
   parallel = {'parallel': bind(recurrence.parallel)}
   gated = recurrent | chunked | parallel
+  beta = 1 / (1 + np.exp(normal(B, T, H)))
+  rule = {
+    'recurrent': bind(delta.recurrent),
+    'chunked': bind(delta.chunked, chunk=CHUNK),
+  }
   a = -0.5 + 1j * np.pi * np.arange(N) * np.ones((M, 1))
   log_dt = np.linspace(np.log(0.01), np.log(0.3), M)
   with jax.enable_x64(True):
@@ -158,15 +165,9 @@ def cases():
       gated_step, [q, k, v, gate[..., :1]], [], state, chunked | parallel
     ),
     'plain': Case(gated_step, [q, k, v], [], state, recurrent | chunked),
-    'delta': Case(
-      delta_step,
-      [q, unit, v, 1 / (1 + np.exp(normal(B, T, H)))],
-      [],
-      state,
-      {
-        'recurrent': bind(delta.recurrent),
-        'chunked': bind(delta.chunked, chunk=CHUNK),
-      },
+    'delta': Case(delta_step, [q, unit, v, beta], [], state, rule),
+    'gated_delta': Case(
+      delta_step, [q, unit, v, beta, gate[..., 0]], [], state, rule
     ),
     'ssm': Case(
       ssm_step,
@@ -283,7 +284,9 @@ def lawful(run, case, p=0, **given):
 # The laws.
 
 
-@pytest.mark.parametrize('name', ['channel', 'delta', 'ssm', 'short'])
+@pytest.mark.parametrize(
+  'name', ['channel', 'delta', 'gated_delta', 'ssm', 'short']
+)
 def test_the_formula_means_separate_segments(name):
   case = CASES[name]
   exact = measure(formula(case.step), case, double=True)
@@ -392,7 +395,8 @@ def test_without_masks_and_state_in_double():
 
 
 def test_half_precision_outside_and_single_inside():
-  for case in (CASES[name] for name in ('channel', 'delta', 'ssm', 'short')):
+  names = 'channel', 'delta', 'gated_delta', 'ssm', 'short'
+  for case in (CASES[name] for name in names):
     half = [jnp.asarray(x, jnp.bfloat16) for x in case.tokens]
     case = case.replace(tokens=[np.asarray(x, np.float32) for x in half])
     exact = measure(formula(case.step), case, double=True)[:2]
@@ -405,7 +409,9 @@ def test_half_precision_outside_and_single_inside():
     assert agree([o.astype(np.float32), state], naive, exact, 2**-8)
 
 
-@pytest.mark.parametrize('name', ['channel', 'delta', 'ssm', 'short'])
+@pytest.mark.parametrize(
+  'name', ['channel', 'delta', 'gated_delta', 'ssm', 'short']
+)
 def test_all_lengths_and_exact_splits(name):
   case, total = CASES[name], CHUNK + 1
   here = np.arange(T) < total
@@ -532,6 +538,7 @@ def test_inverse_unit_lower(c):
     ('channel', recurrence.gated),
     ('head', recurrence.gated),
     ('delta', delta.delta),
+    ('gated_delta', delta.delta),
     ('ssm', ssm.scan),
   ],
 )
@@ -545,9 +552,11 @@ def test_long_range(name, run):
   tokens = [uniform(*x.shape[2:]) for x in case.tokens]
   if name in ('channel', 'head'):
     tokens[3] = np.full_like(tokens[3], np.log(0.999))
-  if name == 'delta':
+  if 'delta' in name:
     tokens[1] /= np.linalg.norm(tokens[1], axis=-1, keepdims=True)
     tokens[3] = np.abs(tokens[3]) / 10
+  if name == 'gated_delta':
+    tokens[4] = np.full_like(tokens[4], np.log(0.999))
   args = tokens, case.weights, case.state[:1]
   args = *args, np.ones((1, t), bool), np.zeros((1, t), bool)
   step, run = jax.jit(formula(case.step)), jax.jit(bind(run))
@@ -691,3 +700,84 @@ def test_bad_shapes_are_named():
   x, taps = CASES['short'].tokens[0], CASES['short'].weights[0]
   with pytest.raises(ValueError, match='tail'):
     conv.short(x, taps, tail=x[:, :W])
+
+
+# The delta rule with a gate.
+
+
+@pytest.mark.parametrize('kind', ['strong', 'mixed', 'saturated'])
+def test_extreme_gates_of_the_delta_rule(kind):
+  case = CASES['gated_delta']
+  *rest, w = case.tokens
+  case = case.replace(tokens=[*rest, gates(kind, w.shape)])
+  for form, run in case.forms.items():
+    for p in (0, 13):
+      assert lawful(run, case, p), form
+
+
+def test_an_open_gate_is_the_plain_delta_rule():
+  plain, gated = CASES['delta'], CASES['gated_delta']
+  *rest, w = gated.tokens
+  gated = gated.replace(tokens=[*rest, np.zeros_like(w)])
+  for form, run in plain.forms.items():
+    want = measure(run, plain)
+    got = measure(run, gated)
+    del got[6]  # the gradient of the gate, which the plain rule has not
+    for x, y in zip(got, want, strict=True):
+      assert error(x, y) <= 32 * EPS, form
+
+
+def test_a_gate_without_writes_is_decay_alone():
+  """Keys of zero write nothing: the state fades by the product of gates."""
+  case = CASES['gated_delta']
+  q, k, v, beta, w = case.tokens
+  case = case.replace(tokens=[q, np.zeros_like(k), v, beta, w])
+  faded = case.state * np.exp(w.sum(1, dtype=np.float64))[..., None, None]
+  for run in case.forms.values():
+    assert error(measure(run, case, **DENSE)[1], faded) <= 32 * EPS
+
+
+def correct_before_decay(tokens, weights, state, valid, starts):
+  """A mutant: the error is read from the memory before it fades."""
+
+  def step(state, tokens, weights):
+    q, k, v, beta, w = tokens
+    error = v - (k[..., None] * state).sum(-2)
+    state = state * jnp.exp(w)[..., None, None]
+    state = state + k[..., None] * (beta[..., None] * error)[..., None, :]
+    return state, (q[..., None] * state).sum(-2)
+
+  return unroll(step, tokens, weights, state, valid, starts)
+
+
+def gate_ignored_at_starts(tokens, weights, state, valid, starts):
+  """A mutant: no document begins, for the gate is thought to see to it."""
+  run = CASES['gated_delta'].forms['chunked']
+  return run(tokens, weights, state, valid, None)
+
+
+def gate_of_pads(tokens, weights, state, valid, starts):
+  """A mutant: the memory fades while pads pass."""
+  *rest, w = tokens
+  w = jnp.where(valid[..., None], w, -0.1)
+  rest = [jnp.nan_to_num(x, nan=0.0) for x in rest]
+  run = CASES['gated_delta'].forms['chunked']
+  return run([*rest, w], weights, state, None, starts & valid)
+
+
+def gate_one_late(tokens, weights, state, valid, starts):
+  """A mutant: each token fades by its predecessor's gate."""
+  *rest, w = tokens
+  late = jnp.pad(w, [(0, 0), (1, 0), (0, 0)])[:, :-1]
+  run = CASES['gated_delta'].forms['chunked']
+  return run([*rest, jnp.nan_to_num(late)], weights, state, valid, starts)
+
+
+@pytest.mark.parametrize(
+  'mutant',
+  [correct_before_decay, gate_ignored_at_starts, gate_of_pads, gate_one_late],
+)
+def test_the_law_rejects_a_wrong_gate(mutant):
+  case = CASES['gated_delta']
+  assert all(np.isfinite(x).all() for x in measure(mutant, case)[:2])
+  assert not lawful(mutant, case)

@@ -22,6 +22,17 @@ attention with values U:
 
 Segments divide a chunk into runs, as in `recurrence`: A and tril(Q K^T) stop
 at a run's border, S is seen by run 0 and lives on if there is no other.
+
+A gate a_t per head (Yang et al. 2024, Gated Delta Networks,
+https://arxiv.org/abs/2412.06464) lets the memory fade before it is corrected:
+
+    S_t = a_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+
+What token t meets is then a_t S_{t-1} = exp(w_1 + .. + w_t) S
++ sum_{j < t} exp(D_tj) k_j u_j^T, with w = log a and the sums D_tj =
+w_{j+1} + .. + w_t of `recurrence`. So every product of two tokens, in A and in
+tril(Q K^T), takes a factor exp(D), and every product with S or S' takes the
+decay from there or to there; all exponents are sums of log-decays, at most 0.
 """
 
 import functools
@@ -29,10 +40,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxattn.core.recurrence import _sums_between as sums_between
 from jaxattn.core.recurrence import by_chunk, by_token, runs
 
 
-def recurrent(q, k, v, beta, *, state=None, valid=None, starts=None):
+def recurrent(
+  q, k, v, beta, log_decay=None, *, state=None, valid=None, starts=None
+):
   """Token by token: the definition, and the step of a decoder.
 
   Args:
@@ -40,6 +54,8 @@ def recurrent(q, k, v, beta, *, state=None, valid=None, starts=None):
     k: keys 'b t h d'. The memory is stable while beta |k|^2 <= 2.
     v: values 'b t h e'.
     beta: how much of the error is corrected, 'b t h'.
+    log_decay: log of the gate, at most 0 and -inf where it is closed, 'b t h';
+      None for no forgetting.
     state: what came before, 'b h d e'; None for nothing.
     valid: bool 'b t'. Where it is False the token is a pad: its output is
       zero, the state passes it unchanged, its content is never read.
@@ -52,17 +68,32 @@ def recurrent(q, k, v, beta, *, state=None, valid=None, starts=None):
   """
 
   def step(state, token):
-    q, k, v, beta, start = token
+    q, k, v, gates, start = token
+    beta, *log_decay = jnp.moveaxis(gates, -1, 0)
     if start is not None:
       state = state * ~start[..., None, None]
+    for w in log_decay:
+      state = state * jnp.exp(w)[..., None, None]
     error = v - jnp.einsum('bhd,bhde->bhe', k, state)
     state = state + k[..., None] * (beta[..., None] * error)[..., None, :]
     return state, jnp.einsum('bhd,bhde->bhe', q, state)
 
-  return by_token(step, q, k, v, beta, state, valid, starts)
+  gates = _together(beta, log_decay)
+  return by_token(step, q, k, v, gates, state, valid, starts)
 
 
-def chunked(q, k, v, beta, *, state=None, valid=None, starts=None, chunk=32):
+def chunked(
+  q,
+  k,
+  v,
+  beta,
+  log_decay=None,
+  *,
+  state=None,
+  valid=None,
+  starts=None,
+  chunk=32,
+):
   """In chunks: matrix products inside, one state carried between them.
 
   Arguments and results are those of `recurrent`. The backward pass keeps the
@@ -71,16 +102,29 @@ def chunked(q, k, v, beta, *, state=None, valid=None, starts=None, chunk=32):
   Args:
     chunk: tokens per chunk. The length need not divide.
   """
-  return by_chunk(_chunk, q, k, v, beta, state, valid, starts, chunk)
+  gates = _together(beta, log_decay)
+  return by_chunk(_chunk, q, k, v, gates, state, valid, starts, chunk)
 
 
-def delta(q, k, v, beta, *, state=None, valid=None, starts=None):
+def delta(
+  q, k, v, beta, log_decay=None, *, state=None, valid=None, starts=None
+):
   """What mechanisms call: one step for one token, else chunks.
 
   Arguments and results are those of `recurrent`.
   """
   form = recurrent if q.shape[1] == 1 else chunked
-  return form(q, k, v, beta, state=state, valid=valid, starts=starts)
+  return form(q, k, v, beta, log_decay, state=state, valid=valid, starts=starts)
+
+
+def unit(x):
+  """`x` with norm 1 over its last axis, in float32 or wider.
+
+  Queries and keys 'b t h d' want it: the correction of a longer key overshoots.
+  """
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(square + 1e-6)
 
 
 @jax.custom_jvp
@@ -124,16 +168,33 @@ def _product(x, y, z):
   return matmul(matmul(x, y), z)
 
 
+def _together(beta, log_decay):
+  """Both gates of a token, 'b t h 2', or the one, 'b t h 1'."""
+  if log_decay is None:
+    return beta[..., None]
+  return jnp.stack([beta, log_decay], axis=-1)
+
+
 def _chunk(state, tokens):
   """The triangular form over one chunk, every array 'b h c ...'."""
-  q, k, v, beta, starts = tokens
+  q, k, v, gates, starts = tokens
   pairs, fresh, final, whole = runs(starts, q.shape[2])
-  beta = beta[..., None]
+  beta = gates[..., :1]
+  if gates.shape[-1] == 1:
+    since, until, total = 1, 1, 1
+  else:
+    log_decay = gates[..., 1:]
+    between = jnp.exp(sums_between(log_decay))  # exp(D) 'b h i j 1'
+    pairs = pairs * between[..., 0]
+    since = jnp.exp(jnp.cumsum(log_decay, axis=-2))  # start to i, inclusive
+    until = between[..., -1, :, :]  # j to end
+    total = since[..., -1, :, None]
   a = beta * jnp.einsum('bhid,bhjd->bhij', k, k) * pairs
-  error = v - jnp.einsum('bhid,bhde->bhie', k * fresh, state)
+  error = v - jnp.einsum('bhid,bhde->bhie', k * since * fresh, state)
   u = inverse_unit_lower(a) @ (beta * error)
   scores = jnp.einsum('bhid,bhjd->bhij', q, k) * pairs
   o = jnp.einsum('bhij,bhje->bhie', scores, u)
-  o += jnp.einsum('bhid,bhde->bhie', q * fresh, state)
-  state = state * whole + jnp.einsum('bhjd,bhje->bhde', k * final, u)
+  o += jnp.einsum('bhid,bhde->bhie', q * since * fresh, state)
+  state = state * total * whole
+  state += jnp.einsum('bhjd,bhje->bhde', k * until * final, u)
   return state, o

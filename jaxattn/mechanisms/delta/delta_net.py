@@ -58,23 +58,23 @@ def attend(qkv, beta, tokens, memory, kernel):
   """The same in chunks: 'b t f' projections to 'b t h e', and the memory."""
   places = {'valid': tokens.valid, 'starts': tokens.starts}
   tail = None if memory is None else memory['tail'].tail
-  qkv, tail = conv.short(qkv, kernel, tail=tail, **places)
+  # Wide from here on: made a unit, a short key magnifies its rounding errors.
+  wide, tail = conv.short(_exact(qkv), kernel, tail=tail, **places)
+  tail = tail.astype(qkv.dtype)
   q, k, v = (
     part.reshape(*part.shape[:2], beta.shape[2], -1)
-    for part in jnp.split(jax.nn.silu(qkv), 3, axis=-1)
+    for part in jnp.split(jax.nn.silu(wide), 3, axis=-1)
   )
   state = None if memory is None else memory['state'].matrix
   o, state = delta.delta(
-    _unit(q) * q.shape[-1] ** -0.5, _unit(k), v, beta, state=state, **places
+    delta.unit(q) * q.shape[-1] ** -0.5,
+    delta.unit(k),
+    v,
+    beta,
+    state=state,
+    **places,
   )
   return o, {'state': MatrixState(state), 'tail': ConvTail(tail)}
-
-
-def _unit(x):
-  """Norm 1, in float32 or wider: a longer key would overshoot its target."""
-  x = _exact(x)
-  square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(square + 1e-6)
 
 
 def _exact(x):
