@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -60,18 +61,26 @@ def pytest_generate_tests(metafunc):
   metafunc.parametrize('mechanism', cases, scope='module')
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(config, items):
-  """With --mechanism, only the tests of mechanisms are of interest.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Tests that share what takes long to make go to one process.
 
-  Tests that share what takes long to make go to one process: those of a file,
-  or of one example of a mechanism.
+  Those of a file, or of one example of a mechanism.
   """
-  for item in items:
-    group = item.path.name
-    if 'subject' in item.fixturenames and hasattr(item, 'callspec'):
-      group += str(item.callspec.params.get('mechanism', ''))
-    item.add_marker(pytest.mark.xdist_group(group))
+  from xdist.scheduler import LoadScopeScheduling
+
+  class Together(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+      file, _, rest = nodeid.partition('::')
+      example = re.search(r'\[(\w+-\d+)', rest)
+      laws = file.endswith('test_mechanisms.py')
+      return f'{file}-{example[1]}' if laws and example else file
+
+  return Together(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+  """With --mechanism, only the tests of mechanisms are of interest."""
   if config.getoption('--mechanism'):
     kept = [item for item in items if 'mechanism' in item.fixturenames]
     config.hook.pytest_deselected(

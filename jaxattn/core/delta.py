@@ -40,7 +40,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.recurrence import _sums_between as sums_between
+from jaxattn.core.recurrence import sums_between
 from jaxattn.core.recurrence import by_chunk, by_token, runs
 
 

@@ -198,7 +198,7 @@ def _enter(q, k, v, gate, state, valid, starts):
   return (*tokens, starts), state
 
 
-def _sums_between(w):
+def sums_between(w):
   """D_ij = w_{j+1} + .. + w_i, 'b h i j d' of w 'b h c d'; 0 for i <= j.
 
   One matrix product with the 0-1 tensor of j < l <= i adds up each sum by
@@ -224,7 +224,7 @@ def _chunk(state, tokens):
     scores = jnp.einsum('bhid,bhjd->bhij', q, k)
     since, until, total = 1, 1, 1
   else:
-    between = jnp.exp(_sums_between(log_decay))  # exp(D) 'b h i j d'
+    between = jnp.exp(sums_between(log_decay))  # exp(D) 'b h i j d'
     if log_decay.shape[-1] == 1:
       scores = jnp.einsum('bhid,bhjd->bhij', q, k) * between[..., 0]
     else:
