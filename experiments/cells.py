@@ -17,15 +17,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxattn.registry import did_you_mean
 from jaxattn.train import build
 
-SECTION = (
-  'mechanisms',
-  'rates',
-)  # of a task; whatever else it has is the run's
+SECTION = ('mechanisms', 'rates')  # of a task; all else it has is the run's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +144,9 @@ def _merged(first: Mapping, second: Mapping) -> dict[str, Any]:
 
 def parameters(run: Mapping[str, Any]) -> int:
   """How many parameters a run's model has, counted without making any."""
-  _, model = build.build(run)
-  token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), token)['params']
+  task, model = build.build(run)
+  blank = build.blank(build.facts(task) | {'length': 1}, rows=1)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), blank)['params']
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
@@ -189,8 +185,7 @@ def _about(run: Mapping[str, Any]) -> dict[str, Any]:
   return {
     'headline': task.headline,
     'better': task.better,
-    'length': task.length,
-    'vocab': task.vocab,
+    **build.facts(task),
     'test_rows': task.test_rows,
     'tested_rows': min(task.test_rows, run['batch'] * run['eval_batches']),
     'asked': task.asked,

@@ -112,7 +112,7 @@ def _setting(rows: Sequence[Row]) -> str:
   optimizer = config['optimizer']
   lines = [
     f'- Task: {_fields(config["task"])}; {about["length"]} tokens a sequence, '
-    f'vocabulary {about["vocab"]}; tested on {about["tested_rows"]} of '
+    f'{_inputs(about)}; tested on {about["tested_rows"]} of '
     f'{about["test_rows"]} sequences.',
     f'- Training: {config["steps"]} steps of {config["batch"]} sequences, '
     f'{optimizer["name"]} with {optimizer["schedule"]["name"]}.',
@@ -129,6 +129,13 @@ def _setting(rows: Sequence[Row]) -> str:
     'sequence keeps for decoding after its last token.'
   )
   return '\n'.join(lines)
+
+
+def _inputs(about: Mapping[str, Any]) -> str:
+  """What a token is."""
+  if 'vocab' in about:
+    return f'vocabulary {about["vocab"]}'
+  return f'{about["features"]} numbers each'
 
 
 def _fields(section: Mapping[str, Any]) -> str:

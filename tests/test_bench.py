@@ -1,0 +1,41 @@
+"""The benchmarks run, on sizes that say nothing about speed."""
+
+import pytest
+
+from experiments import bench
+
+
+def test_softmax_in_small(tmp_path, capsys):
+  flags = ['softmax', '--length=64', '--turns=1', f'--out={tmp_path}']
+  bench.main(flags)
+  page = (tmp_path / 'softmax.md').read_text()
+  assert page == capsys.readouterr().out.removesuffix('\n')
+  assert '64 tokens' in page
+  assert page.count('\n| `') == 3
+  assert 'jax 0' in page
+
+
+def test_growth_in_small(tmp_path, monkeypatch):
+  monkeypatch.setattr(bench, 'LENGTHS', (8, 16))
+  chosen = ['--mechanism=linear', '--mechanism=s4d']
+  bench.main(['growth', *chosen, '--turns=1', f'--out={tmp_path}'])
+  page = (tmp_path / 'growth.md').read_text()
+  assert '| `linear` |' in page
+  assert '| - |\n' in page  # linear is no Fourier transform
+  assert '% |\n' in page  # s4d is
+
+
+def test_linear_time_is_read_off_the_specs():
+  names = bench.linear_time()
+  assert {'gated_linear', 's4d', 'sliding_window', 'base_conv'} <= set(names)
+  assert not {'multi_head', 'moba', 'sigmoid'} & set(names)
+
+
+def test_ratios_are_within_a_turn():
+  assert bench.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 50.0]) == 2.0
+
+
+def test_unknown_section(capsys):
+  with pytest.raises(SystemExit):
+    bench.main(['softmx'])
+  assert 'Did you mean softmax?' in capsys.readouterr().err
