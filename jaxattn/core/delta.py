@@ -40,8 +40,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.recurrence import sums_between
-from jaxattn.core.recurrence import by_chunk, by_token, runs
+from jaxattn.core.recurrence import by_chunk, by_token, runs, sums_between
 
 
 def recurrent(
