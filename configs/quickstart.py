@@ -3,7 +3,18 @@
   python -m experiments.ablate --config=configs/quickstart.py
 
 Takes 5 to 6 minutes on two CPU cores; `:quick` (a few steps of everything, to
-see that all works) about one.
+see that all works) about one. What to expect, as printed by the command above
+(2026-11-23; jax 0.10.2, flax 0.12.8, Python 3.11; two cores of an AMD EPYC):
+
+  mechanism       accuracy (mqar)   bits per byte (bytes)
+  multi_head                0.998                   2.698
+  sliding_window            0.548                   2.648
+  gated_linear              0.999                   2.679
+  delta_net                 1.000                   2.786
+  s4d                       0.249                   2.824
+  chance                    0.062
+  xz -9                                             2.880
+  5-gram                                            1.894
 """
 
 from ml_collections import ConfigDict
