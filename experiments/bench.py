@@ -40,9 +40,10 @@ from experiments import compiled, machine
 from jaxattn import registry
 from jaxattn.analysis.table import markdown
 from jaxattn.core import softmax
-from jaxattn.core.masks import Causal
 from jaxattn.models.lm import LM
 from jaxattn.tasks.batch import nats
+from pallas_kernels.blocks import Blocks
+from pallas_kernels.masks import Causal
 
 Contender = Callable[[], Any]
 
@@ -168,7 +169,9 @@ def attention(args) -> list[str]:
   q, k, v, w = (jax.random.normal(key, (1, t, 1, d)) for key in keys)
   forms = {
     'blocks': lambda q, k, v: softmax.attention(q, k, v, mask=Causal()),
-    'dense': lambda q, k, v: softmax.dense(q, k, v, mask=Causal()),
+    'dense': lambda q, k, v: softmax.attention(
+      *(q, k, v), mask=Causal(), implementation='plain', blocks=Blocks(t, t)
+    ),
     'jax.nn.dot_product_attention': lambda q, k, v: (
       jax.nn.dot_product_attention(q, k, v, is_causal=True)
     ),

@@ -2,9 +2,9 @@
 
 import flax.linen as nn
 
-from jaxattn.core.scores import Score
 from jaxattn.nn import Policy
 from jaxattn.typing import Array, Stream
+from pallas_kernels.scores import Score
 
 
 class Position(nn.Module):

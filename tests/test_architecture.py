@@ -36,12 +36,18 @@ MAY_IMPORT = {
   'jaxattn.state': {'jaxattn.typing', 'jaxattn.packing'},
   'jaxattn.parallel': {'jaxattn.typing', 'jaxattn.core', 'pallas_kernels'},
   'jaxattn.nn': {'jaxattn.typing', 'jaxattn.parallel'},
-  'jaxattn.position': {'jaxattn.typing', 'jaxattn.core', 'jaxattn.nn'},
+  'jaxattn.position': {
+    'jaxattn.typing',
+    'jaxattn.core',
+    'jaxattn.nn',
+    'pallas_kernels',
+  },
   'jaxattn.positions': {
     'jaxattn.position',
     'jaxattn.core',
     'jaxattn.parallel',
     'jaxattn.typing',
+    'pallas_kernels',
   },
   # The registry reaches mechanisms by name, at run time.
   'jaxattn.registry': {
@@ -50,7 +56,7 @@ MAY_IMPORT = {
     'jaxattn.positions',
   },
   'jaxattn.mixer': GROUND - {'jaxattn.registry', 'jaxattn.positions'},
-  'jaxattn.mechanisms': GROUND,
+  'jaxattn.mechanisms': GROUND | {'pallas_kernels'},
   'jaxattn.models': GROUND,
   'jaxattn.tasks': GROUND,
   'jaxattn.analysis': GROUND | {'jaxattn.models'},
@@ -115,6 +121,7 @@ def test_imports_go_down(path):
   ('module', 'source'),
   [
     ('jaxattn.core.softmax', 'import flax.linen as nn'),
+    ('pallas_kernels.flash.xla', 'from jaxattn.core import rope'),
     ('jaxattn.core.softmax', 'from jaxattn import nn'),
     ('jaxattn.mechanisms.ssm.s4d', 'from jaxattn.models.lm import LM'),
     (

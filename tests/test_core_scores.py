@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattn.core import scores, sigmoid, softmax, tiles
-from jaxattn.core.masks import Causal, Everything, Window
-from jaxattn.core.scores import POSITION, Buckets, Score, Slopes
+from jaxattn.core import sigmoid, softmax
+from pallas_kernels import problem, scores, tiles
+from pallas_kernels.blocks import Blocks
+from pallas_kernels.masks import Causal, Everything, Window
+from pallas_kernels.scores import POSITION, Buckets, Score, Slopes
 
 B, T, H, K, D = 2, 41, 32, 8, 8
-BLOCKS = {'block_q': 16, 'block_k': 8}
+BLOCKS = {'blocks': Blocks(16, 8)}
 EPS = float(jnp.finfo(jnp.float32).eps)
 # An operand's gradient is a sum of dx over many pairs that cancel (all dx of a
 # query add up to 0). The formula makes do . o from the very p that it
@@ -163,18 +165,18 @@ MUTANTS = {
   ),
   'a score without its gradient': (
     tiles,
-    'modified',
-    lambda *args: jax.lax.stop_gradient(MODIFIED(*args)),
+    'by_head',
+    lambda *args: jax.lax.stop_gradient(BY_HEAD(*args)),
   ),
   'heads in another order': (
-    tiles.Rule,
+    problem.Rule,
     'scored',
-    lambda self, x, query, key, operands: SCORED(
-      self, x, query, key, jax.tree.map(lambda a: a[::-1], operands)
+    lambda self, x, query, key, extras: SCORED(
+      self, x, query, key, jax.tree.map(lambda a: a[::-1], extras)
     ),
   ),
 }
-MODIFIED, SCORED = tiles.modified, tiles.Rule.scored
+BY_HEAD, SCORED = tiles.by_head, problem.Rule.scored
 
 
 @pytest.mark.parametrize('kind', WEIGHTS)
@@ -191,7 +193,7 @@ def test_mutants_are_rejected(mutant, kind, monkeypatch):
 def test_a_query_that_sees_nothing():
   q = jnp.ones((1, 20, 2, 4))
   segments = np.zeros((1, 20), np.int32)
-  for blocks in ({'block_q': 8, 'block_k': 8}, {}):
+  for blocks in ({'blocks': Blocks(8, 8)}, {}):
     attend = functools.partial(
       sigmoid.attention,
       query_segments=segments,

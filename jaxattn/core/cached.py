@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from jaxattn.core import softmax
-from jaxattn.core.masks import Mask
-from jaxattn.core.scores import POSITION, Score
+from pallas_kernels.masks import Mask
+from pallas_kernels.scores import POSITION, Score
 
 
 def attend(

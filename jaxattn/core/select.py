@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.masks import Mask
 from jaxattn.core.softmax import Partial
+from pallas_kernels.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def attend_chosen(
   def read(_, part):
     q, order, segments = part
     q = q.astype(dtype)
-    fit = jnp.einsum('bchd,bnhd->bchn', jax.lax.stop_gradient(q), mean)
+    fit = jnp.einsum('bchd,bnhd->bchn', q, blocks.mean)
     before = blocks.number[:, None] < order[..., None] // size
     may = before & (blocks.segments[:, None] == segments[..., None])
     fit = jnp.where(may[:, :, None], fit, -jnp.inf)
@@ -143,8 +143,6 @@ def attend_chosen(
     p = jnp.exp(x - jnp.where(m == -jnp.inf, 0, m)[..., None, None])
     o = jnp.einsum('bchjw,bchjwe->bche', p, v.astype(dtype))
     return None, Partial(m, jnp.sum(p, axis=(-2, -1)), o)
-
-  mean = jax.lax.stop_gradient(blocks.mean)
 
   def split(a):
     a = jnp.pad(a, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (a.ndim - 2))

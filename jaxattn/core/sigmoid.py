@@ -13,16 +13,24 @@ results add up. With p = sigmoid(x) and do the gradient of o,
 so the backward pass needs nothing from the forward but q, k and v.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxattn.core import masks, tiles
-from jaxattn.core.masks import Everything, Mask
-from jaxattn.core.scores import Score
+from pallas_kernels import masks, tiles
+from pallas_kernels.blocks import Blocks
+from pallas_kernels.masks import Everything, Mask
+from pallas_kernels.problem import (
+  accumulator,
+  alike,
+  floats,
+  one_segment,
+  problem,
+  with_floats,
+)
+from pallas_kernels.scores import Score
 
 EVERYTHING = Everything()
 
@@ -42,8 +50,7 @@ def attention(
   key_tags: dict[str, ArrayLike] | None = None,
   scale: float | None = None,
   score: Score | None = None,
-  block_q: int | None = None,
-  block_k: int | None = None,
+  blocks: Blocks | None = None,
 ) -> jax.Array:
   """mask(sigmoid(scale q k^T + offset)) v, in memory linear in t and s.
 
@@ -59,113 +66,121 @@ def attention(
   Raises:
     ValueError: shapes that do not fit each other, or a block below 1.
   """
-  rule, query, key, operands = tiles.problem(
+  rule, extras, query, key = problem(
     *(q, k, v),
     mask=mask,
     query=(query_order, query_segments, query_tags),
     key=(key_order, key_segments, key_tags),
     scale=scale,
     score=score,
+    blocks=blocks,
   )
   (b, t, h, _), s = q.shape, k.shape[1]
-  offset = jnp.asarray(offset, tiles.accumulator(q))
+  offset = jnp.asarray(offset, accumulator(q))
   offset = offset.reshape((1,) * (3 - offset.ndim) + offset.shape)
   offset = offset + jnp.zeros((b, t, h), offset.dtype)
-  block_q, block_k, single = tiles.sides(b, h, t, s, block_q, block_k)
+  rule, single = tiles.sides(rule, b, h, t, s)
   if single:
-    x = tiles.plain(rule, q, k, query, key, operands)
+    own = tiles.as_tile(extras)
+    x, _, _ = tiles.at_once(rule, q, k, own, query, key)
     v = jnp.repeat(v.astype(x.dtype), h // v.shape[2], axis=2)
     p = jax.nn.sigmoid(x + jnp.moveaxis(offset, 2, 1)[..., None])
     return jnp.einsum('bhts,bshe->bthe', p, v).astype(rule.dtype)
-  if s % block_k:  # the last block will hold padding, which nobody may see
-    query, key = tiles.one_segment(query), tiles.one_segment(key)
-  rule = dataclasses.replace(rule, block_q=block_q, block_k=block_k)
-  inputs = tiles.alike((q, k, v, offset, operands), (query, key))
+  if s % rule.blocks.k:  # the last block holds padding, which nobody may see
+    query, key = one_segment(query), one_segment(key)
+  inputs = alike((q, k, v, offset, extras), (query, key))
   return _attend(rule, *inputs, query, key)
 
 
-def _weights(rule, queries, keys, masked, operands):
+def _weights(rule, queries, keys, masked, extras):
   """p = sigmoid(x) 'b k s r' of a tile, and what takes dp to the inputs."""
   (q, offset, query), (k, key) = queries, keys
 
-  def scores(q, offset, k, operands):
+  def scores(q, offset, k, values):
     x = jnp.einsum('bksd,bkrd->bksr', k, rule.scale * q)
-    x = tiles.modified(rule, x, query, key, operands)
+    if extras:
+      own = with_floats(extras, values)
+      x = tiles.by_head(rule.scored, x, query, key, own, rule.blocks.q)
     return x + offset[:, :, None]
 
-  x, back = jax.vjp(scores, q, offset, k, operands)
+  x, back = jax.vjp(scores, q, offset, k, floats(extras))
   if masked:
-    query = jax.tree.map(lambda x: x[:, None, None, :], query)
-    key = jax.tree.map(lambda x: x[:, None, :, None], key)
-    x = jnp.where(masks.sees(rule.mask, query, key), x, -jnp.inf)
+    across = jax.tree.map(lambda x: x[:, None, None, :], query)
+    along = jax.tree.map(lambda x: x[:, None, :, None], key)
+    x = jnp.where(masks.sees(rule.mask, across, along), x, -jnp.inf)
   p = jax.nn.sigmoid(x)
   return p, lambda dp: back(p * (1 - p) * dp)
 
 
 def _exact(*arrays):
-  return tuple(x.astype(tiles.accumulator(x)) for x in arrays)
+  return tuple(x.astype(accumulator(x)) for x in arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(rule, q, k, v, offset, operands, query, key):
+def _forward(rule, q, k, v, offset, extras, query, key):
   queries, keys, extents, key_extents = tiles.arrange(
     rule, _exact(q, offset), _exact(k, v), query, key
   )
+  laid = tiles.lay(rule, extras)
 
   def read(_, block):
-    (q, offset, tokens), extent = block
+    i, (q, offset, tokens), extent = block
 
     def visit(j, o, masked):
       k, v, key = tiles.at(keys, j)
-      p, _ = _weights(rule, (q, offset, tokens), (k, key), masked, operands)
+      own = tiles.cut(rule, laid, i, j)
+      p, _ = _weights(rule, (q, offset, tokens), (k, key), masked, own)
       return o + jnp.einsum('bksr,bkse->bkre', p, v)
 
     nothing = jnp.zeros_like(q[..., :1]) + jnp.zeros(v.shape[-1], q.dtype)
     return None, tiles.fold(rule, visit, nothing, extent, key_extents)
 
-  _, blocks = tiles.scan(read, None, (queries, extents))
+  i = jnp.arange(len(queries[0]))
+  _, blocks = tiles.scan(read, None, (i, queries, extents))
   return tiles.join(blocks, *q.shape[1:3]).astype(rule.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(rule, q, k, v, offset, operands, query, key, do):
+def _backward(rule, q, k, v, offset, extras, query, key, do):
   queries, keys, extents, key_extents = tiles.arrange(
     rule, _exact(q, offset, do), _exact(k, v), query, key
   )
+  laid = tiles.lay(rule, extras)
 
   def read(totals, block):
-    (q, offset, do, tokens), extent = block
+    i, (q, offset, do, tokens), extent = block
 
     def visit(j, carry, masked):
-      dq, doffset, dk, dv, doperands = carry
+      dq, doffset, dk, dv, dextras = carry
       k, v, key = tiles.at(keys, j)
-      p, back = _weights(rule, (q, offset, tokens), (k, key), masked, operands)
+      own = tiles.cut(rule, laid, i, j)
+      p, back = _weights(rule, (q, offset, tokens), (k, key), masked, own)
       more = back(jnp.einsum('bkse,bkre->bksr', v, do))
       return (
         dq + more[0],
         doffset + more[1],
         tiles.add_at(dk, j, more[2]),
         tiles.add_at(dv, j, jnp.einsum('bksr,bkre->bkse', p, do)),
-        jax.tree.map(jnp.add, doperands, more[3]),
+        tiles.paste(rule, dextras, more[3], i, j),
       )
 
     carry = jnp.zeros_like(q), jnp.zeros_like(offset), *totals
     dq, doffset, *totals = tiles.fold(rule, visit, carry, extent, key_extents)
     return tuple(totals), (dq, doffset)
 
-  totals = *(jnp.zeros_like(x) for x in keys[:2]), operands
-  totals = jax.tree.map(jnp.zeros_like, totals)
-  totals, (dq, doffset) = tiles.scan(read, totals, (queries, extents))
-  dk, dv, doperands = totals
+  totals = *map(jnp.zeros_like, keys[:2]), tiles.nothing(laid)
+  i = jnp.arange(len(queries[0]))
+  totals, (dq, doffset) = tiles.scan(read, totals, (i, queries, extents))
+  dk, dv, dextras = totals
   return *(
     tiles.join(dx, *x.shape[1:3]).astype(x.dtype)
     for x, dx in ((q, dq), (k, dk), (v, dv), (offset, doffset))
-  ), doperands
+  ), tiles.gather(dextras, extras)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule, q, k, v, offset, operands, query, key):
-  return _forward(rule, q, k, v, offset, operands, query, key)
+def _attend(rule, q, k, v, offset, extras, query, key):
+  return _forward(rule, q, k, v, offset, extras, query, key)
 
 
 def _attend_fwd(rule, *inputs):

@@ -14,8 +14,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.core.scores import Score, Slopes
 from jaxattn.position import Position
+from pallas_kernels.scores import Score, Slopes
 
 
 def reference(params, order, heads, width):

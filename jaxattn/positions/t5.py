@@ -13,9 +13,9 @@ here; T5 itself leaves that to its initialiser.
 import flax.linen as nn
 import numpy as np
 
-from jaxattn.core.scores import Buckets, Score
 from jaxattn.parallel import place
 from jaxattn.position import Position
+from pallas_kernels.scores import Buckets, Score
 
 
 def reference(params, order, heads, width, furthest=128, causal=True):

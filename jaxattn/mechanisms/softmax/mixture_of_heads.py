@@ -28,13 +28,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import cached, masks
+from jaxattn.core import cached
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import sequence
 from jaxattn.registry import position
 from jaxattn.spec import Spec
 from jaxattn.state import FullKV
+from pallas_kernels import masks
 
 
 def _gates(params, x, shared, top_k):
@@ -178,7 +179,7 @@ class MixtureOfHeads(Mixer):
     routed = self.heads - self.shared
     p, a = softmax(routed, 'router'), 2 * softmax(2, 'router_kinds')
     chosen = lambda p: _chosen(p, self.top_k)
-    on = sequence.run(chosen, jax.lax.stop_gradient(p))
+    on = sequence.run(chosen, p)
     gates = routed * a[..., 1:] * p * on
     self._sow_balance(p, on, tokens.valid)
     if not self.shared:

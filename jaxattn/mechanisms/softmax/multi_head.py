@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import cached, masks, softmax
+from jaxattn.core import cached, softmax
 from jaxattn.mixer import ContextKV, Mixer
 from jaxattn.nn import Linear
 from jaxattn.packing import resolve
@@ -27,6 +27,7 @@ from jaxattn.parallel import sequence
 from jaxattn.registry import position
 from jaxattn.spec import Spec
 from jaxattn.state import FullKV
+from pallas_kernels import masks
 
 
 def reference(

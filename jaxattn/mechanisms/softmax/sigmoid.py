@@ -20,13 +20,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import cached, masks, sigmoid
+from jaxattn.core import cached, sigmoid
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import sequence
 from jaxattn.registry import position
 from jaxattn.spec import Spec
 from jaxattn.state import FullKV
+from pallas_kernels import masks
 
 
 def reference(

@@ -23,13 +23,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import masks, select, softmax
+from jaxattn.core import select, softmax
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import sequence
 from jaxattn.registry import position
 from jaxattn.spec import Spec
 from jaxattn.state import FullKV
+from pallas_kernels import masks
 
 
 def _visible(q, k, block, top_k):
@@ -71,7 +72,7 @@ def reference(params, x, *, block, top_k, add=0, rotate=None, bias=0, **_):
   A position encoding may add to x, rotate q and k, and bias the scores.
   """
   q, k, v = _heads(params, x, rotate, add)
-  visible, _ = _visible(*map(jax.lax.stop_gradient, (q, k)), block, top_k)
+  visible, _ = _visible(q, k, block, top_k)
   scores = jnp.einsum('bthd,bshd->bhts', q, k) * q.shape[-1] ** -0.5 + bias
   scores = jnp.where(visible, scores, -jnp.inf)
   o = jnp.einsum('bhts,bshe->bthe', jax.nn.softmax(scores), v)

@@ -21,13 +21,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import cached, masks
+from jaxattn.core import cached
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import sequence
 from jaxattn.registry import position
 from jaxattn.spec import Spec
 from jaxattn.state import RollingKV
+from pallas_kernels import masks
 
 
 def reference(params, x, *, window, sinks=0, add=0, rotate=None, bias=0, **_):

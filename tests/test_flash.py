@@ -17,13 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxattn.core import masks, rope, softmax, tiles
-from jaxattn.core.masks import Causal, Everything, Mask, Sinks, Window
-from jaxattn.core.softmax import Partial, attention, dense, finish, merge
+from jaxattn.core import rope
+from pallas_kernels import masks
+from pallas_kernels.flash import Blocks, Partial, attention, finish, merge, xla
+from pallas_kernels.masks import Causal, Everything, Mask, Sinks, Window
 
 T = 37
 COPIES = 8  # of every two rows: the more draws, the steadier the largest error
-BLOCKS = {'block_q': 16, 'block_k': 8}
+BLOCKS = {'blocks': Blocks(16, 8)}
+dense = functools.partial(
+  attention, implementation='plain', blocks=Blocks(10**6, 10**6)
+)
 
 # Most of the time here is LLVM's; the programs are small and run once.
 QUICK = {'xla_backend_optimization_level': 0}
@@ -226,14 +230,21 @@ def compare(case, dtype=jnp.float32, attend=attention, arrays=None):
   seen = who_sees_whom(case.see, t, s, case.data)
   exact = exactly(arrays, seen, **case.rule)
   naive = plain(*arrays, seen, **case.rule)
-  rule = case.rule | (case.blocks if attend is attention else {})
+  rule = case.rule | (case.blocks if attend is not dense else {})
   fast = blockwise(arrays, case.data, attend, mask=case.mask, **rule)
   return wrong(fast, naive, exact), fast, seen
 
 
+FORMS = {
+  name: functools.partial(attention, implementation=name)
+  for name in ('xla', 'plain')
+}
+
+
+@pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('name', CASES)
-def test_values_and_gradients(name):
-  broken, (o, dq, *_), seen = compare(CASES[name])
+def test_values_and_gradients(name, form):
+  broken, (o, dq, *_), seen = compare(CASES[name], attend=FORMS[form])
   assert not broken
   blind = ~seen.any(-1)
   assert not np.asarray(o)[blind].any()
@@ -272,7 +283,7 @@ def test_outlying_scores():
 
 @pytest.mark.parametrize('blocks', [(5, 64), (64, 1)])
 def test_blocks_do_not_matter(blocks):
-  blocks = dict(zip(('block_q', 'block_k'), blocks))
+  blocks = {'blocks': Blocks(*blocks)}
   assert not compare(
     dataclasses.replace(CASES['padded causal'], blocks=blocks)
   )[0]
@@ -302,11 +313,11 @@ def without_delta(rule, queries, keys, *args):
   return GRADIENT(rule, (*others, 0 * delta, tokens), keys, *args)
 
 
-GRADIENT = softmax._tile_gradient
+GRADIENT = xla._tile_gradient
 MUTANTS = {
-  'padding is seen': ('everything', tiles, 'one_segment', lambda x: x),
-  'partials not rescaled': ('everything', softmax, 'merge', unscaled),
-  'no do . o': ('everything', softmax, '_tile_gradient', without_delta),
+  'padding is seen': ('everything', xla, 'one_segment', lambda x: x),
+  'partials not rescaled': ('everything', xla, 'merge', unscaled),
+  'no do . o': ('everything', xla, '_tile_gradient', without_delta),
   'window skips too much': ('window', Window, 'empty', one_too_wide),
   'diagonal taken as full': (
     'causal',
@@ -389,9 +400,9 @@ def test_halves_of_the_keys_make_the_whole():
 
 
 def test_a_gradient_that_forgets_the_lse_is_rejected(monkeypatch):
-  backward = softmax._backward
+  backward = xla.backward
   monkeypatch.setattr(
-    softmax, '_backward', lambda *args: backward(*args[:-1], 0 * args[-1])
+    xla, 'backward', lambda *args: backward(*args[:-1], 0 * args[-1])
   )
   assert compare_halves()
 
@@ -530,7 +541,7 @@ def test_skipped_tiles_are_not_read():
   v = v.at[:, :40].set(jnp.nan)
   mask = Causal() & Window(16)
   run = functools.partial(
-    attention, mask=mask, query_order=np.array([63]), block_k=8
+    attention, mask=mask, query_order=np.array([63]), blocks=Blocks(k=8)
   )
   assert jnp.isfinite(run(q, k, v)).all()
   v = v.at[:, 63].set(jnp.nan)
@@ -611,8 +622,6 @@ def zeros(*shape):
     (((1, 4, 2, 8), (1, 4, 2, 6), (1, 4, 2, 8)), {}, r'\(1, 4, 2, 6\)'),
     (((1, 4, 2, 8), (2, 4, 2, 8), (2, 4, 2, 8)), {}, r'\(2, 4, 2, 8\)'),
     (((1, 4, 2, 8), (1, 5, 2, 8), (1, 4, 2, 8)), {}, r'\(1, 5, 2, 8\)'),
-    (((1, 4, 2, 8),) * 3, {'block_q': 0}, 'block_q must be at least 1, not 0'),
-    (((1, 4, 2, 8),) * 3, {'block_k': -2}, 'block_k .* not -2'),
     (
       ((1, 4, 2, 8),) * 3,
       {'query_order': np.arange(5)},
@@ -628,6 +637,12 @@ def zeros(*shape):
 def test_what_does_not_fit_is_refused(shapes, rule, message):
   with pytest.raises(ValueError, match=message):
     attention(*(zeros(*shape) for shape in shapes), **rule)
+
+
+@pytest.mark.parametrize('sides', [(0, 8), (8, -2)])
+def test_blocks_hold_something(sides):
+  with pytest.raises(ValueError, match=f'at least 1, not {min(sides)}'):
+    Blocks(*sides)
 
 
 # Masks.

@@ -1,9 +1,9 @@
 """What may happen to a score between the dot product and the softmax.
 
 A modification is a function of the score, of where query and key stand, and of
-operands that are spelled out: arrays per head, which so get gradients. It is
-computed tile by tile, from data that travels with the tokens; no bias of t x s
-is ever made.
+operands that are spelled out: arrays, which so get gradients. It is computed
+tile by tile, from data that travels with the tokens; no bias of t x s is ever
+made. The same form serves what happens to a weight after the softmax.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.masks import Side
+from pallas_kernels.masks import Side
 
 POSITION = 'position'  # the tag that holds a token's position, if not its order
 
@@ -25,14 +25,20 @@ class Score:
   """A modification of scores.
 
   Attributes:
-    fn: (x, query, key, *operands) -> x, for scores x `b h t s` and two `Side`s
-      whose arrays are `b 1 t 1` and `b 1 1 s`. Hashable, so a function of a
-      module or a frozen dataclass, and differentiable by JAX.
-    operands: arrays that lead with the heads, `h ...`.
+    fn: (x, query, key, *operands, *queries, *keys) -> x, for scores x `b h t s`
+      and two `Side`s whose arrays are `b 1 t 1` and `b 1 1 s`. Hashable, so a
+      function of a module or a frozen dataclass, and differentiable by JAX.
+    operands: arrays that lead with the heads, `h ...`; fn gets them as they
+      are.
+    queries: numbers of each query, `b t h` or `b t 1`; fn gets them as
+      `b h t 1`, to broadcast against x. b may be 1.
+    keys: numbers of each key, `b s h` or `b s 1`; fn gets them as `b h 1 s`.
   """
 
   fn: Callable[..., Any] = dataclasses.field(metadata={'static': True})
   operands: tuple = ()
+  queries: tuple = ()
+  keys: tuple = ()
 
 
 def distance(query: Side, key: Side) -> jax.Array:
@@ -49,6 +55,18 @@ class SoftCap:
 
   def __call__(self, x, query, key):
     return self.cap * jnp.tanh(x / self.cap)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """x + a - b, with 'b t h' of each query and 'b s h' of each key.
+
+  With a and b the running sums of log forget gates, it is the forgetting
+  attention of Lin et al. 2025, https://arxiv.org/abs/2503.02130.
+  """
+
+  def __call__(self, x, query, key, of_query, of_key):
+    return x + (of_query - of_key).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +94,46 @@ class Buckets:
     number = bucket(
       distance(query, key), table.shape[1], self.furthest, self.causal
     )
-    bias = jnp.take(table.astype(x.dtype), number[:, 0], axis=1)  # 'h b t s'
-    return x + jnp.moveaxis(bias, 0, 1)
+    return x + _entries(table, number, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relative:
+  """x + table_h[distance], with the table 'h n' as operand, one number each.
+
+  The first entry is for keys `ahead` ahead and more, the last for those
+  n - 1 - ahead behind and more.
+  """
+
+  ahead: int = 0
+
+  def __call__(self, x, query, key, table):
+    number = _clipped(query, key, table, self.ahead)
+    return x + _entries(table, number, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeFactor:
+  """p table_h[distance], likewise: what URPE does to the weights.
+
+  Luo et al. 2022, "Your Transformer May Not be as Powerful as You Expect",
+  https://arxiv.org/abs/2205.13401.
+  """
+
+  ahead: int = 0
+
+  def __call__(self, p, query, key, table):
+    number = _clipped(query, key, table, self.ahead)
+    return p * _entries(table, number, p.dtype)
+
+
+def _clipped(query, key, table, ahead):
+  return jnp.clip(distance(query, key) + ahead, 0, table.shape[1] - 1)
+
+
+def _entries(table, number, dtype):
+  """Entries 'b h t s' of a table 'h n' for numbers 'b 1 t s'."""
+  return jnp.moveaxis(jnp.take(table.astype(dtype), number[:, 0], 1), 0, 1)
 
 
 def bucket(behind, buckets: int, furthest: int, causal: bool) -> jax.Array:

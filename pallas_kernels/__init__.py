@@ -1,0 +1,1 @@
+"""Kernels for attention on CPU, TPU and GPU; they import jax alone."""

@@ -1,0 +1,138 @@
+"""Softmax attention in memory linear in the lengths, on CPU, TPU and GPU.
+
+One set of semantics for every implementation:
+
+  plain   JAX differentiates it: forward mode, any order of derivative
+  xla     the same tiles with a gradient written by hand
+
+  o = flash.attention(q, k, v, mask=masks.Causal())
+
+Who sees whom is decided by data that travels with the tokens (orders, segments,
+tags), so packed, padded, striped and cached layouts are one kernel.
+"""
+
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike
+
+from pallas_kernels import dispatch
+from pallas_kernels.blocks import Blocks
+from pallas_kernels.dropout import Dropout
+from pallas_kernels.flash import plain, xla
+from pallas_kernels.flash.partial import Partial, finish, merge, sink
+from pallas_kernels.masks import Everything, Mask
+from pallas_kernels.problem import problem
+from pallas_kernels.scores import Score
+
+__all__ = [
+  'Blocks',
+  'Dropout',
+  'Partial',
+  'Score',
+  'attention',
+  'finish',
+  'merge',
+]
+
+EVERYTHING = Everything()
+BACKENDS = {'plain': plain.attend, 'xla': xla.attend}
+
+
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  *,
+  mask: Mask = EVERYTHING,
+  query_order: ArrayLike | None = None,
+  key_order: ArrayLike | None = None,
+  query_segments: ArrayLike | None = None,
+  key_segments: ArrayLike | None = None,
+  query_tags: dict[str, ArrayLike] | None = None,
+  key_tags: dict[str, ArrayLike] | None = None,
+  bias: jax.Array | None = None,
+  score: Score | None = None,
+  factor: Score | None = None,
+  sinks: jax.Array | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  dropout: Dropout | None = None,
+  implementation: str | None = None,
+  blocks: Blocks | None = None,
+  return_partial: bool = False,
+) -> Any:
+  """softmax(mask(scale q k^T)) v, in memory linear in t and s.
+
+  A score is scale q . k, then softcap, then `score`, then + `bias`. All inputs
+  must be finite, masked or not.
+
+  Args:
+    q: queries, `b t h d`.
+    k: keys, `b s k d`. h is a multiple of k: each key head serves h / k query
+      heads that stand together.
+    v: values, `b s k e`.
+    mask: which keys a query sees, besides the rule of segments.
+    query_order: `b t`, or `t` for every row: what the mask reads; by default
+      0, 1, ... t - 1. Likewise key_order, `b s` or `s`.
+    query_segments: `b t` or `t`: tokens see each other iff their segments are
+      equal and not 0. None stands for 1 everywhere. Likewise key_segments.
+    query_tags: what else mask and score read, each `b t` or `t`. Likewise
+      key_tags.
+    bias: added to the scores, `b h t s` with 1 for b or h where it is shared;
+      gets a gradient. It is the one argument of size t s: where distances
+      decide, a `score` makes the same inside the tiles.
+    score: what else happens to the scores; its operands get gradients.
+    factor: what happens to exp(score) in the numerator alone, a Score whose fn
+      is linear in its first argument (URPE); its operands get gradients.
+    sinks: `h`, the score of one more key a head, which has no value; gets a
+      gradient. With partial results, give it to one of the calls only.
+    scale: a Python number that multiplies q . k; by default 1 / sqrt(d).
+    softcap: if given, scores become softcap tanh(score / softcap).
+    dropout: of the weights, after the softmax.
+    implementation: 'plain' or 'xla'; None chooses.
+    blocks: sides of the tiles; by default chosen from the lengths.
+    return_partial: return a Partial, to be merged with attention to other keys
+      and finished.
+
+  Returns:
+    `b t h e` in the dtype of q; or a Partial in float32, or wider if q is. A
+    query that sees no key has o = 0, lse = -inf (the sink's score, if there is
+    one) and no gradient.
+
+  Raises:
+    ValueError: shapes that do not fit each other.
+    NotImplementedError: the implementation asked for cannot serve this call;
+      the message says why.
+  """
+  rule, extras, query, key = problem(
+    *(q, k, v),
+    mask=mask,
+    query=(query_order, query_segments, query_tags),
+    key=(key_order, key_segments, key_tags),
+    scale=scale,
+    softcap=softcap,
+    score=score,
+    bias=bias,
+    factor=factor,
+    dropout=dropout,
+    blocks=blocks,
+    wide=return_partial or sinks is not None,
+  )
+  name = dispatch.choose(
+    'attention',
+    {name: lambda: None for name in BACKENDS},
+    implementation,
+    ('xla',),
+  )
+  o, m, total = BACKENDS[name](rule, q, k, v, extras, query, key)
+  if sinks is None and not return_partial:
+    return o
+  partial = Partial(m, total, total[..., None] * o)
+  if sinks is not None:
+    if sinks.shape != q.shape[2:3]:
+      raise ValueError(
+        f'sinks must have shape {q.shape[2:3]}, one a head, not {sinks.shape}'
+      )
+    partial = merge(partial, sink(sinks, partial))
+  return partial if return_partial else finish(partial)[0].astype(q.dtype)

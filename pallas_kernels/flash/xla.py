@@ -1,0 +1,198 @@
+"""Softmax attention in tiles, in plain JAX, with its gradient written by hand.
+
+Rabe, Staats 2021, "Self-attention Does Not Need O(n^2) Memory",
+https://arxiv.org/abs/2112.05682; Dao 2023, "FlashAttention-2",
+https://arxiv.org/abs/2307.08691.
+
+`attend` folds `merge` over tiles of queries by keys. Its gradient keeps m, l
+and finished o, and computes each tile again. With x_j the scores, p_j =
+exp(x_j - m) / l, w_j = f_j p_j where f is what happens to the weights (1 if
+nothing does), o = sum_j w_j v_j, and do and dl the gradients of o and l,
+
+  dv_j = w_j do
+  dp_j = f_j do . v_j
+  dx_j = p_j (dp_j - do . o + l dl)
+
+for dp_i/dx_j = p_i (1[i=j] - p_j), do . o = sum_j p_j dp_j, and dl/dx_j = l p_j
+if m is held constant. Both directions take memory linear in the lengths. Only
+what is shorter than a tile is left to the plain formula and to JAX's gradient.
+
+Scores of a tile are `b k r s` forward and `b k s r` backward: so the matrix
+products never transpose a tile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import masks, tiles
+from pallas_kernels.flash import plain
+from pallas_kernels.flash.partial import Partial, finish, finite, merge
+from pallas_kernels.problem import (
+  accumulator,
+  alike,
+  floats,
+  one_segment,
+  with_floats,
+)
+
+
+def attend(rule, q, k, v, extras, query, key):
+  """Finished o, m and l; arguments as in `problem`.
+
+  Differentiate it in reverse mode, or in forward mode over reverse.
+  """
+  (b, t, h, _), s = q.shape, k.shape[1]
+  rule, single = tiles.sides(rule, b, h, t, s)
+  if single:
+    return plain.whole(rule, q, k, v, extras, query, key)
+  if s % rule.blocks.k:  # the last block holds padding, which nobody may see
+    query, key = one_segment(query), one_segment(key)
+  return _attend(rule, *alike((q, k, v, extras), (query, key)), query, key)
+
+
+def _tile(rule, queries, keys, masked, extras):
+  """Attention of queries `b k r d` to keys `b k s d`."""
+  (q, query), (k, v, key) = queries, keys
+  dtype = accumulator(q)
+  q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
+  by_head = lambda fn, x: (
+    tiles.by_head(fn, x.mT, query, key, extras, rule.blocks.q).mT
+  )
+  x = jnp.einsum('bkrd,bksd->bkrs', q, k)
+  if extras.scores or extras.bias is not None:
+    x = by_head(rule.scored, x)
+  if masked:
+    across = jax.tree.map(lambda x: x[:, None, :, None], query)
+    along = jax.tree.map(lambda x: x[:, None, None, :], key)
+    x = jnp.where(masks.sees(rule.mask, across, along), x, -jnp.inf)
+  m = jnp.max(x, -1)
+  p = jnp.exp(x - finite(m)[..., None])
+  w = by_head(rule.weighed, p) if extras.weights else p
+  return Partial(m, p.sum(-1), jnp.einsum('bkrs,bkse->bkre', w, v))
+
+
+def _tile_gradient(rule, queries, keys, masked, extras):
+  """dq, dk, dv of a tile, and the gradient of its extras.
+
+  delta is do . o - l dl, and share is 1 / l.
+  """
+  (q, do, m, share, delta, query), (k, v, key) = queries, keys
+  dtype = accumulator(q)
+  q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
+
+  def by_head(fn, x):
+    """fn(x), and the function from its gradient to that of x and extras."""
+    if not extras:
+      return x, lambda dx: (dx, ())
+    return jax.vjp(
+      lambda x, values: tiles.by_head(
+        fn, x, query, key, with_floats(extras, values), rule.blocks.q
+      ),
+      *(x, floats(extras)),
+    )
+
+  x, to_scores = by_head(rule.scored, jnp.einsum('bksd,bkrd->bksr', k, q))
+  if masked:
+    across = jax.tree.map(lambda x: x[:, None, None, :], query)
+    along = jax.tree.map(lambda x: x[:, None, :, None], key)
+    x = jnp.where(masks.sees(rule.mask, across, along), x, -jnp.inf)
+  p = jnp.exp(x - m[:, :, None]) * share[:, :, None]
+  w, to_weights = by_head(rule.weighed, p)
+  dv = jnp.einsum('bksr,bkre->bkse', w, do)
+  dp, dextras = to_weights(jnp.einsum('bkse,bkre->bksr', v, do))
+  dx, more = to_scores(p * (dp - delta[:, :, None]))
+  dq = rule.scale * jnp.einsum('bksd,bksr->bkdr', k, dx)
+  dk = jnp.einsum('bksr,bkrd->bksd', dx, q)
+  return dq.mT, dk, dv, jax.tree.map(jnp.add, dextras, more)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(rule, q, k, v, extras, query, key):
+  """The finished o, m and l; rule.blocks are chosen."""
+  queries, keys, extents, key_extents = tiles.arrange(
+    rule, [q], [k, v], query, key
+  )
+  laid = tiles.lay(rule, extras)
+
+  def read(_, block):
+    i, queries, extent = block
+
+    def visit(j, partial, masked):
+      own = tiles.cut(rule, laid, i, j)
+      return merge(
+        partial, _tile(rule, queries, tiles.at(keys, j), masked, own)
+      )
+
+    zero = jnp.zeros_like(queries[0][..., 0], accumulator(q))
+    zeros = zero[..., None] + jnp.zeros(v.shape[-1], zero.dtype)
+    nothing = Partial(jnp.full_like(zero, -jnp.inf), zero, zeros)
+    partial = tiles.fold(rule, visit, nothing, extent, key_extents)
+    o, _ = finish(partial)
+    return None, (o.astype(rule.dtype), partial.m, partial.l)
+
+  i = jnp.arange(len(queries[0]))
+  _, blocks = tiles.scan(read, None, (i, queries, extents))
+  return tuple(tiles.join(x, *q.shape[1:3]) for x in blocks)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
+  """dq, dk, dv and the gradient of extras; m is a constant."""
+  dtype = accumulator(q)
+  do = do.astype(dtype)
+  delta = jnp.sum(do * o, -1) - l * dl
+  unseen = l == 0
+  m, share = jnp.where(unseen, jnp.inf, m), 1 / jnp.where(unseen, 1, l)
+  queries, keys, extents, key_extents = tiles.arrange(
+    rule, [q, do, m, share, delta], [k, v], query, key
+  )
+  laid = tiles.lay(rule, extras)
+
+  def read(totals, block):
+    i, queries, extent = block
+
+    def visit(j, carry, masked):
+      dq, dk, dv, dextras = carry
+      own = tiles.cut(rule, laid, i, j)
+      more = _tile_gradient(rule, queries, tiles.at(keys, j), masked, own)
+      return (
+        dq + more[0],
+        tiles.add_at(dk, j, more[1]),
+        tiles.add_at(dv, j, more[2]),
+        tiles.paste(rule, dextras, more[3], i, j) if extras else dextras,
+      )
+
+    carry = jnp.zeros_like(queries[0], dtype), *totals
+    dq, *totals = tiles.fold(rule, visit, carry, extent, key_extents)
+    return tuple(totals), dq
+
+  totals = tuple(jnp.zeros_like(x, dtype) for x in keys[:2])
+  i = jnp.arange(len(queries[0]))
+  (dk, dv, dextras), dq = tiles.scan(
+    read, (*totals, tiles.nothing(laid)), (i, queries, extents)
+  )
+  dq, dk, dv = (
+    tiles.join(dx, *x.shape[1:3]).astype(x.dtype)
+    for x, dx in ((q, dq), (k, dk), (v, dv))
+  )
+  return dq, dk, dv, tiles.gather(dextras, extras)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rule, q, k, v, extras, query, key):
+  return forward(rule, q, k, v, extras, query, key)
+
+
+def _attend_fwd(rule, *inputs):
+  results = forward(rule, *inputs)
+  return results, (*inputs, *results)
+
+
+def _attend_bwd(rule, residuals, gradients):
+  do, _, dl = gradients
+  return *backward(rule, *residuals, do, dl), None, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,243 @@
+"""What a call of attention asks for, checked and filled in, for every backend.
+
+A backend is two functions,
+
+  forward(rule, q, k, v, extras, query, key) -> o, m, l
+  backward(rule, q, k, v, extras, query, key, o, m, l, do, dl)
+    -> dq, dk, dv, dextras
+
+with o 'b t h e' finished, in rule.dtype, and m, l 'b t h' as in `Partial`, of
+which m is held constant in gradients. `Rule` is static, all others are arrays.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from pallas_kernels.blocks import Blocks
+from pallas_kernels.dropout import Dropout
+from pallas_kernels.masks import Mask, Side, Tokens
+from pallas_kernels.scores import Score, SoftCap
+
+
+class Operands(NamedTuple):
+  """What the function of one `Score` reads."""
+
+  heads: tuple = ()  # 'h ...'
+  queries: tuple = ()  # 'b t h', 'b t 1' or with 1 for b; in a tile 'b h t 1'
+  keys: tuple = ()  # 'b s h', 'b s 1' or with 1 for b; in a tile 'b h 1 s'
+
+  @classmethod
+  def of(cls, score: Score) -> 'Operands':
+    return cls(score.operands, score.queries, score.keys)
+
+
+class Extras(NamedTuple):
+  """All that bears on scores and weights besides q, k and where tokens stand.
+
+  The gradient of extras is extras again, with None for integers.
+  """
+
+  scores: tuple[Operands, ...] = ()  # for each function in Rule.scores
+  weights: tuple[Operands, ...] = ()  # for each in Rule.weights
+  bias: jax.Array | None = None  # 'b h t s', with 1 for b or h where shared
+
+  def __bool__(self):
+    return bool(self.scores or self.weights or self.bias is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """What is known of a call while tracing.
+
+  Attributes:
+    mask: which keys a query sees.
+    scale: multiplies q k^T.
+    scores: what then happens to the scores, before the bias; see `Score.fn`.
+    weights: what happens to exp(score - m) in the numerator alone: functions of
+      the same form, linear in their first argument.
+    dtype: of the result.
+    ordered: the orders of queries and of keys are 0, 1, 2, ...
+    blocks: sides of the tiles.
+  """
+
+  mask: Mask
+  scale: float
+  scores: tuple[Callable[..., Any], ...]
+  weights: tuple[Callable[..., Any], ...]
+  dtype: np.dtype
+  ordered: bool
+  blocks: Blocks
+
+  def scored(self, x, query: Side, key: Side, extras: Extras):
+    """Scores `b h t s` modified; sides `b 1 t 1`, `b 1 1 s`."""
+    for fn, own in zip(self.scores, extras.scores):
+      x = fn(x, query, key, *own.heads, *own.queries, *own.keys)
+    return x if extras.bias is None else x + extras.bias.astype(x.dtype)
+
+  def weighed(self, p, query: Side, key: Side, extras: Extras):
+    """Weights `b h t s` of the numerator, likewise."""
+    for fn, own in zip(self.weights, extras.weights):
+      p = fn(p, query, key, *own.heads, *own.queries, *own.keys)
+    return p
+
+
+def problem(
+  q,
+  k,
+  v,
+  *,
+  mask: Mask,
+  query: tuple,
+  key: tuple,
+  scale: float | None = None,
+  softcap: float | None = None,
+  score: Score | None = None,
+  bias: jax.Array | None = None,
+  factor: Score | None = None,
+  dropout: Dropout | None = None,
+  blocks: Blocks | None = None,
+  wide: bool = False,
+) -> tuple[Rule, Extras, Tokens, Tokens]:
+  """Checks the arguments of a call and fills in what was left out.
+
+  Args:
+    q, k, v, mask, scale, softcap, score, bias, factor, dropout, blocks: see
+      `flash.attention`.
+    query, key: (order, segments, tags), each as given or None.
+    wide: the result is in float32 or wider, whatever q is.
+
+  Raises:
+    ValueError: shapes that do not fit each other.
+  """
+  if not (
+    q.ndim == k.ndim == v.ndim == 4
+    and q.shape[0] == k.shape[0]
+    and q.shape[3] == k.shape[3]
+    and k.shape[:3] == v.shape[:3]
+  ):
+    raise ValueError(
+      'q, k and v must be `b t h d`, `b s k d` and `b s k e`, not'
+      f' {q.shape}, {k.shape} and {v.shape}'
+    )
+  (b, t, h, d), s = q.shape, k.shape[1]
+  if k.shape[2] == 0 or h % k.shape[2]:
+    raise ValueError(
+      f'{h} query heads cannot share {k.shape[2]} key heads evenly'
+    )
+  ordered = query[0] is None and key[0] is None
+  query, key = _tokens('query', q, *query), _tokens('key', k, *key)
+  if (query.segments is None) != (key.segments is None):
+    query, key = one_segment(query), one_segment(key)
+  scores = [] if softcap is None else [Score(SoftCap(float(softcap)))]
+  scores += [] if score is None else [score]
+  weights = [] if factor is None else [factor]
+  if dropout is not None and dropout.rate:
+    weights.append(dropout.score(b, h, query, key))
+  for one in (*scores, *weights):
+    _check_operands(one, b, t, s, h)
+  if bias is not None:
+    shape = bias.shape
+    if len(shape) != 4 or not (
+      shape[0] in (1, b) and shape[1] in (1, h) and shape[2:] == (t, s)
+    ):
+      raise ValueError(
+        f'a bias must be `b h t s`, here {(b, h, t, s)} (with 1 for b or h'
+        f' where it is shared), not {shape}'
+      )
+  rule = Rule(
+    mask=mask,
+    scale=1 / math.sqrt(d) if scale is None else float(scale),
+    scores=tuple(one.fn for one in scores),
+    weights=tuple(one.fn for one in weights),
+    dtype=np.dtype(accumulator(q) if wide else q.dtype),
+    ordered=ordered,
+    blocks=blocks or Blocks(),
+  )
+  extras = Extras(
+    tuple(map(Operands.of, scores)), tuple(map(Operands.of, weights)), bias
+  )
+  return rule, extras, query, key
+
+
+def _check_operands(score, b, t, s, h):
+  for operand in score.operands:
+    if operand.shape[:1] != (h,):
+      raise ValueError(
+        f'operands of a score lead with the {h} heads, not {operand.shape}'
+      )
+  for what, length, group in (
+    ('query', t, score.queries),
+    ('key', s, score.keys),
+  ):
+    for operand in group:
+      rows, *rest = operand.shape or (0,)
+      if rows not in (1, b) or rest not in ([length, 1], [length, h]):
+        raise ValueError(
+          f'numbers of each {what} for a score must be {(b, length, h)} (with'
+          f' 1 for the rows or for the heads where shared), not {operand.shape}'
+        )
+
+
+def _tokens(name, x, order, segments, tags):
+  b, t = x.shape[:2]
+
+  def per_token(what, values):
+    values = jnp.atleast_2d(jnp.asarray(values, jnp.int32))
+    if values.shape not in ((b, t), (1, t)):
+      raise ValueError(
+        f'{name} {what} must have shape {(b, t)} or {(t,)}, not {values.shape}'
+      )
+    return values
+
+  order = per_token('order', np.arange(t) if order is None else order)
+  tags = {tag: per_token(f'tag {tag}', x) for tag, x in (tags or {}).items()}
+  if segments is not None:
+    segments = per_token('segments', segments)
+  return Tokens(Side(order, tags), segments)
+
+
+def one_segment(tokens: Tokens) -> Tokens:
+  """Tokens whose segments are spelled out: what was None is segment 1."""
+  if tokens.segments is not None:
+    return tokens
+  return tokens._replace(segments=jnp.ones_like(tokens.side.order))
+
+
+def accumulator(x: ArrayLike) -> np.dtype:
+  """What sums over keys are kept in."""
+  return jnp.promote_types(jnp.float32, x.dtype)
+
+
+def floats(extras):
+  """The same, with None for integers: what can have a gradient."""
+  inexact = lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None
+  return jax.tree.map(inexact, extras)
+
+
+def with_floats(extras, values):
+  """Extras with other floating-point arrays; the inverse of `floats`."""
+  return jax.tree.map(
+    lambda value, x: x if value is None else value,
+    values,
+    extras,
+    is_leaf=lambda x: x is None,
+  )
+
+
+def alike(inputs, tokens):
+  """Adds to all inputs a zero made of them all.
+
+  Under shard_map they then vary over the same mesh axes, and so do the carries
+  made from them; and the gradient of an input is summed over the axes along
+  which it did not vary. Elsewhere it is a constant that costs nothing.
+  """
+  leaves = jax.tree.leaves((inputs, tokens))
+  nothing = [jnp.sum(x[..., :0]).astype(jnp.float32) for x in leaves]
+  return jax.tree.map(lambda x: x + sum(nothing).astype(x.dtype), inputs)
