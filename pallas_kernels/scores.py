@@ -133,7 +133,9 @@ def _clipped(query, key, table, ahead):
 
 def _entries(table, number, dtype):
   """Entries 'b h t s' of a table 'h n' for numbers 'b 1 t s'."""
-  return jnp.moveaxis(jnp.take(table.astype(dtype), number[:, 0], 1), 0, 1)
+  return jnp.moveaxis(
+    jnp.take(table.astype(dtype), number[:, 0], 1, mode='clip'), 0, 1
+  )
 
 
 def bucket(behind, buckets: int, furthest: int, causal: bool) -> jax.Array:

@@ -25,6 +25,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import masks, tiles
 from pallas_kernels.flash import plain
@@ -67,7 +68,9 @@ def _tile(rule, queries, keys, masked, extras):
     across = jax.tree.map(lambda x: x[:, None, :, None], query)
     along = jax.tree.map(lambda x: x[:, None, None, :], key)
     x = jnp.where(masks.sees(rule.mask, across, along), x, -jnp.inf)
-  m = jnp.max(x, -1)
+  # A derivative of max would compare scores that XLA computes twice, and not
+  # to the same bit, with their largest: 0 / 0 where none is equal.
+  m = lax.stop_gradient(jnp.max(x, -1))
   p = jnp.exp(x - finite(m)[..., None])
   w = by_head(rule.weighed, p) if extras.weights else p
   return Partial(m, p.sum(-1), jnp.einsum('bkrs,bkse->bkre', w, v))
