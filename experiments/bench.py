@@ -8,7 +8,9 @@ Sections:
   lm        training a softmax language model: the library's LM beside the same
             model written plainly with flax.linen.MultiHeadDotProductAttention
   softmax   causal attention at 8192 tokens, forward and backward: in blocks,
-            dense, and jax.nn.dot_product_attention; time and temporary memory
+            dense, jax.nn.dot_product_attention and, if torch is installed, its
+            scaled_dot_product_attention; time and temporary memory
+  masks     windows, documents and prefixes: time against tiles not empty
   growth    time of linear-time mechanisms from 4k to 32k tokens
 
 Contenders take turns, and a ratio is the median over the turns of the ratio
@@ -18,7 +20,11 @@ with the command, versions, device and date.
 """
 
 import argparse
+import dataclasses
 import datetime
+import functools
+import importlib.metadata
+import importlib.util
 import math
 import shlex
 import statistics
@@ -39,11 +45,11 @@ from rich.progress import track
 from experiments import compiled, machine
 from jaxattn import registry
 from jaxattn.analysis.table import markdown
-from jaxattn.core import softmax
 from jaxattn.models.lm import LM
 from jaxattn.tasks.batch import nats
+from pallas_kernels import flash, masks
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.masks import Causal
+from pallas_kernels.masks import Causal, Everything, Mask, Window
 
 Contender = Callable[[], Any]
 
@@ -162,43 +168,163 @@ def lm(args) -> list[str]:
 # --------------------------------------------------------------------- softmax
 
 
+def torch_attention(q, k, v, w) -> Contender:
+  """Forward and backward of torch's attention on the same numbers."""
+  import torch
+
+  to = lambda x: torch.from_numpy(np.array(jnp.swapaxes(x, 1, 2)))
+  q, k, v = (to(x).requires_grad_() for x in (q, k, v))
+  w = to(w)
+
+  def call():
+    o = torch.nn.functional.scaled_dot_product_attention(
+      q, k, v, is_causal=True
+    )
+    return [g.numpy() for g in torch.autograd.grad(torch.sum(o * w), (q, k, v))]
+
+  return call
+
+
 def attention(args) -> list[str]:
-  """Blockwise causal attention beside dense forms."""
-  t, d = args.length, 64
+  """Blockwise causal attention beside dense forms, and torch's."""
+  t, h, d = args.length, args.heads, 64
   keys = jax.random.split(jax.random.key(0), 4)
-  q, k, v, w = (jax.random.normal(key, (1, t, 1, d)) for key in keys)
+  q, k, v, w = (jax.random.normal(key, (1, t, h, d)) for key in keys)
+  causal = functools.partial(flash.attention, mask=Causal())
   forms = {
-    'blocks': lambda q, k, v: softmax.attention(q, k, v, mask=Causal()),
-    'dense': lambda q, k, v: softmax.attention(
-      *(q, k, v), mask=Causal(), implementation='plain', blocks=Blocks(t, t)
+    'xla': functools.partial(causal, implementation='xla'),
+    'plain': functools.partial(causal, implementation='plain'),
+    'dense': functools.partial(
+      causal, implementation='plain', blocks=Blocks(2**30, 2**30)
     ),
-    'jax.nn.dot_product_attention': lambda q, k, v: (
-      jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    'jax.nn.dot_product_attention': functools.partial(
+      jax.nn.dot_product_attention, is_causal=True
     ),
   }
-  programs, memory = {}, {}
+
+  def compiled_for(form, t, gradient):
+    x = jax.ShapeDtypeStruct((1, t, h, d), jnp.float32)
+    loss = lambda q, k, v, w: jnp.sum(form(q, k, v) * w)
+    program = jax.value_and_grad(loss, (0, 1, 2)) if gradient else form
+    return jax.jit(program).lower(*[x] * (4 if gradient else 3)).compile()
+
+  programs = {}
   for name, form in forms.items():
-    loss = lambda q, k, v, form=form: jnp.sum(form(q, k, v) * w)
-    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-    program = program.lower(q, k, v).compile()
-    memory[name] = program.memory_analysis().temp_size_in_bytes
-    programs[name] = lambda program=program: program(q, k, v)
+    program = compiled_for(form, t, True)
+    programs[name] = lambda program=program: program(q, k, v, w)
+  if importlib.util.find_spec('torch'):
+    version = importlib.metadata.version('torch')
+    programs[f'torch {version} SDPA'] = torch_attention(q, k, v, w)
   seconds = take_turns(programs, args.turns or 7, 'softmax')
   rows = [
     [
       f'`{name}`',
-      f'{1e3 * statistics.median(seconds[name]):.0f}',
-      f'{ratio(seconds[name], seconds["blocks"]):.1f}',
-      f'{memory[name] / 2**20:,.1f}',
-      f'{memory[name] / memory["blocks"]:.0f}',
+      f'{1e3 * statistics.median(took):.0f}',
+      f'{ratio(took, seconds["xla"]):.2f}',
     ]
-    for name in forms
+    for name, took in seconds.items()
   ]
-  head = ['form', 'ms', 'times blocks', 'temporary MiB', 'times blocks']
+  memory = []
+  for t in (args.length, 2 * args.length):
+    for gradient in (False, True):
+      size = {
+        name: compiled_for(form, t, gradient)
+        .memory_analysis()
+        .temp_size_in_bytes
+        for name, form in forms.items()
+      }
+      memory += [
+        [
+          f'{t:,}',
+          'with gradients' if gradient else 'forward',
+          f'`{name}`',
+          f'{size[name] / 2**20:,.1f}',
+          f'{size[name] / size["xla"]:.1f}',
+        ]
+        for name in forms
+      ]
   return [
-    f'# Causal softmax attention at {t:,} tokens',
-    f'One head of width {d}, float32, forward and backward.',
-    markdown(head, rows),
+    f'# Causal softmax attention at {args.length:,} tokens',
+    f'{h} head{"s" * (h > 1)} of width {d}, float32. Time of forward and '
+    'backward:',
+    markdown(['form', 'ms', 'time over xla'], rows),
+    'Temporary memory, as the compiler plans it:',
+    markdown(['tokens', 'pass', 'form', 'MiB', 'over xla'], memory),
+  ]
+
+
+# ----------------------------------------------------------------------- masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Mask):
+  """Causal, but all see the first n tokens."""
+
+  n: int
+
+  def __call__(self, query, key):
+    return (key.order <= query.order) | (key.order < self.n)
+
+  def empty(self, query, key):
+    return (key.order_min > query.order_max) & (key.order_min >= self.n)
+
+  def full(self, query, key):
+    return (key.order_max <= query.order_min) | (key.order_max < self.n)
+
+
+def mask_costs(args) -> list[str]:
+  """Whether masks cost what their tiles cost, that are not empty."""
+  t, d, side = args.length, 64, 512
+  keys = jax.random.split(jax.random.key(0), 4)
+  q, k, v, w = (jax.random.normal(key, (1, t, args.heads, d)) for key in keys)
+  documents = np.arange(t) * 8 // t + 1
+  cases = {
+    'causal': (Causal(), None),
+    'all pairs': (Everything(), None),
+    f'causal, window {t // 16}': (Causal() & Window(t // 16), None),
+    f'causal, prefix {t // 4}': (Prefix(t // 4), None),
+    'causal, 8 documents': (Causal(), documents),
+  }
+  programs, tiles = {}, {}
+  for name, (mask, segments) in cases.items():
+    attend = functools.partial(
+      flash.attention,
+      mask=mask,
+      query_segments=segments,
+      key_segments=segments,
+      implementation='xla',
+      blocks=Blocks(side, side),
+    )
+    loss = lambda q, k, v, attend=attend: jnp.sum(attend(q, k, v) * w)
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
+    programs[name] = lambda program=program: program(q, k, v)
+    at = masks.Tokens(masks.Side(np.arange(t).reshape(-1, side)), None)
+    if segments is not None:
+      at = at._replace(segments=segments.reshape(-1, side))
+    query, key = (
+      jax.tree.map(lambda x, axis=axis: jnp.expand_dims(x, axis), extent)
+      for axis, extent in ((1, masks.extent(at)), (0, masks.extent(at)))
+    )
+    empty, _ = masks.judge(mask, query, key)
+    tiles[name] = int(jnp.sum(~jnp.broadcast_to(empty, (t // side,) * 2)))
+  seconds = take_turns(programs, args.turns or 7, 'masks')
+  first = next(iter(cases))
+  rows = []
+  for name, took in seconds.items():
+    time = ratio(took, seconds[first])
+    work = tiles[name] / tiles[first]
+    cells = [f'{1e3 * statistics.median(took):.0f}', f'{time:.2f}']
+    rows.append([name, str(tiles[name]), *cells, f'{time / work:.2f}'])
+  return [
+    f'# What a mask costs at {t:,} tokens',
+    f'Tiles of {side} by {side}, `xla`, {args.heads} head'
+    f'{"s" * (args.heads > 1)} of width {d}, float32, forward and backward. '
+    'The last column is time over causal divided by tiles over causal: 1 where '
+    'a mask costs what its tiles cost.',
+    markdown(
+      ['mask', 'tiles not empty', 'ms', 'time over causal', 'time per tile'],
+      rows,
+    ),
   ]
 
 
@@ -273,7 +399,12 @@ def growth(args) -> list[str]:
   ]
 
 
-SECTIONS = {'lm': lm, 'softmax': attention, 'growth': growth}
+SECTIONS = {
+  'lm': lm,
+  'softmax': attention,
+  'masks': mask_costs,
+  'growth': growth,
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -289,7 +420,13 @@ def parser() -> argparse.ArgumentParser:
   )
   flags.add_argument('--turns', type=int, help='how often each takes its turn')
   flags.add_argument(
-    '--length', type=int, default=8192, help='tokens, of section softmax'
+    '--length',
+    type=int,
+    default=8192,
+    help='tokens, of sections softmax and masks',
+  )
+  flags.add_argument(
+    '--heads', type=int, default=1, help='of sections softmax and masks'
   )
   flags.add_argument(
     '--mechanism', action='append', help='of section growth; may be repeated'

@@ -1,5 +1,7 @@
 """The benchmarks run, on sizes that say nothing about speed."""
 
+import importlib.util
+
 import pytest
 
 from experiments import bench
@@ -11,8 +13,18 @@ def test_softmax_in_small(tmp_path, capsys):
   page = (tmp_path / 'softmax.md').read_text()
   assert page == capsys.readouterr().out.removesuffix('\n')
   assert '64 tokens' in page
-  assert page.count('\n| `') == 3
+  forms = 4 + bool(importlib.util.find_spec('torch'))
+  assert page.count('\n| `') == forms
+  assert page.count('\n| 64 | ') == page.count('\n| 128 | ') == 8
   assert 'jax 0' in page
+
+
+def test_masks_in_small(tmp_path):
+  bench.main(['masks', '--length=1024', '--turns=1', f'--out={tmp_path}'])
+  page = (tmp_path / 'masks.md').read_text()
+  assert '| causal | 3 |' in page
+  assert '| all pairs | 4 |' in page
+  assert '| causal, 8 documents | 2 |' in page
 
 
 def test_growth_in_small(tmp_path, monkeypatch):
