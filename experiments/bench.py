@@ -20,7 +20,6 @@ with the command, versions, device and date.
 """
 
 import argparse
-import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -49,7 +48,7 @@ from jaxattn.models.lm import LM
 from jaxattn.tasks.batch import nats
 from pallas_kernels import flash, masks
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.masks import Causal, Everything, Mask, Window
+from pallas_kernels.masks import Causal, Everything, Sinks, Window
 
 Contender = Callable[[], Any]
 
@@ -256,22 +255,6 @@ def attention(args) -> list[str]:
 # ----------------------------------------------------------------------- masks
 
 
-@dataclasses.dataclass(frozen=True)
-class Prefix(Mask):
-  """Causal, but all see the first n tokens."""
-
-  n: int
-
-  def __call__(self, query, key):
-    return (key.order <= query.order) | (key.order < self.n)
-
-  def empty(self, query, key):
-    return (key.order_min > query.order_max) & (key.order_min >= self.n)
-
-  def full(self, query, key):
-    return (key.order_max <= query.order_min) | (key.order_max < self.n)
-
-
 def mask_costs(args) -> list[str]:
   """Whether masks cost what their tiles cost, that are not empty."""
   t, d, side = args.length, 64, 512
@@ -282,7 +265,7 @@ def mask_costs(args) -> list[str]:
     'causal': (Causal(), None),
     'all pairs': (Everything(), None),
     f'causal, window {t // 16}': (Causal() & Window(t // 16), None),
-    f'causal, prefix {t // 4}': (Prefix(t // 4), None),
+    f'causal, prefix {t // 4}': (Causal() | Sinks(t // 4), None),
     'causal, 8 documents': (Causal(), documents),
   }
   programs, tiles = {}, {}

@@ -69,8 +69,15 @@ class Mixer(nn.Module):
 
   causal = True  # a mechanism that can be both makes this a field
   reads_context = False  # True where `mix` does cross attention
+  implementations = ('xla',)  # names that `policy.implementation` may take
 
   def __post_init__(self):
+    if self.policy.implementation not in (None, *self.implementations):
+      raise NotImplementedError(
+        f'{type(self).__name__} has no'
+        f' implementation={self.policy.implementation!r}, only'
+        f' {", ".join(self.implementations)}: leave it out to have one chosen'
+      )
     if self.width is not None:
       self.check(self.width)
     super().__post_init__()

@@ -199,6 +199,40 @@ class Sinks(Mask):
     return key.order_max < self.n
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockCausal(Mask):
+  """A query sees its own block of `size` orders, and the blocks before."""
+
+  size: int
+
+  def __call__(self, query, key):
+    return key.order // self.size <= query.order // self.size
+
+  def empty(self, query, key):
+    return key.order_min // self.size > query.order_max // self.size
+
+  def full(self, query, key):
+    return key.order_max // self.size <= query.order_min // self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix(Mask):
+  """Keys whose tag is not 0 are seen: `Causal() | Prefix()` is a prefix LM."""
+
+  tag: str = 'prefix'
+
+  def __call__(self, query, key):
+    tagged = key.tags[self.tag] != 0
+    shape = jnp.broadcast_shapes(query.order.shape, key.order.shape)
+    return jnp.broadcast_to(tagged, shape)
+
+  def empty(self, query, key):
+    return (key.tags_min[self.tag] == 0) & (key.tags_max[self.tag] == 0)
+
+  def full(self, query, key):
+    return (key.tags_min[self.tag] > 0) | (key.tags_max[self.tag] < 0)
+
+
 class Tokens(NamedTuple):
   """All that decides who sees whom: tokens in different segments never do."""
 

@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 from jaxattn.core import rope
 from pallas_kernels import masks
 from pallas_kernels.flash import Blocks, Partial, attention, finish, merge, xla
-from pallas_kernels.masks import Causal, Everything, Mask, Sinks, Window
+from pallas_kernels.masks import (
+  BlockCausal,
+  Causal,
+  Everything,
+  Mask,
+  Prefix,
+  Sinks,
+  Window,
+)
 
 T = 37
 COPIES = 8  # of every two rows: the more draws, the steadier the largest error
@@ -178,6 +186,9 @@ CASES = {
     lambda i, j: j <= i and (i - j < 6 or j < 3),
   ),
   'future, last query blind': Case(~Causal(), lambda i, j: j > i),
+  'blocks of the order': Case(
+    BlockCausal(7), lambda i, j: j // 7 <= i // 7, data=ORDERED
+  ),
   'packed': Case(Causal(), causal, data=PACKED),
   'padded causal': Case(Causal(), causal, data=PADDED),
   'only keys padded': Case(data={'key_segments': PADDED['key_segments']}),
@@ -201,23 +212,9 @@ CASES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Prefix(Mask):
-  """Causal, but all see what is tagged as prefix."""
-
-  def __call__(self, query, key):
-    return (key.order <= query.order) | (key.tags['prefix'] == 1)
-
-  def empty(self, query, key):
-    return Causal().empty(query, key) & (key.tags_max['prefix'] == 0)
-
-  def full(self, query, key):
-    return Causal().full(query, key) | (key.tags_min['prefix'] == 1)
-
-
 PREFIX = np.arange(T) < 11
 CASES['prefix'] = Case(
-  Prefix(),
+  Causal() | Prefix(),
   lambda i, j: j <= i or PREFIX[j],
   data={'key_tags': {'prefix': PREFIX}},
 )
@@ -669,7 +666,14 @@ def misjudged(mask, exactly=False):
   return wrong
 
 
-LEAVES = [Everything(), Causal(), Window(3), Window(5, 2), Sinks(4)]
+LEAVES = [
+  Everything(),
+  Causal(),
+  Window(3),
+  Window(5, 2),
+  Sinks(4),
+  BlockCausal(3),
+]
 
 
 @pytest.mark.parametrize('mask', LEAVES, ids=repr)
@@ -693,6 +697,31 @@ def test_combined_masks_judge_tiles_soundly(mask):
   assert not (mask.empty(*ranges) and mask.full(*ranges))
 
 
+def misjudged_tags(mask):
+  """Tags of a block of keys that a mask judges wrongly."""
+  query, order = masks.Side(span(0, 1)[:, None]), span(0, 3)
+  wrong = []
+  for tags in itertools.product((-1, 0, 2), repeat=3):
+    tags = np.array(tags)
+    seen = mask(query, masks.Side(order[None], {'prefix': tags[None]}))
+    keys = masks.Range(0, 2, {'prefix': tags.min()}, {'prefix': tags.max()})
+    ranges = masks.Range(0, 0), keys
+    if (
+      mask.empty(*ranges) > (not seen.any()) or mask.full(*ranges) > seen.all()
+    ):
+      wrong.append(tags)
+  return wrong
+
+
+def test_masks_judge_tags():
+  assert not misjudged_tags(Prefix())
+  assert not misjudged_tags(~Prefix())
+  some = lambda _, q, k: k.tags_max['prefix'] != 0
+  assert misjudged_tags(mutant(Prefix(), full=some))
+  first = lambda _, q, k: k.tags_min['prefix'] == 0
+  assert misjudged_tags(mutant(Prefix(), empty=first))
+
+
 def mutant(mask, **methods):
   """An instance of a class like that of `mask`, with some methods replaced."""
   cls = type('Mutant', (type(mask),), methods)
@@ -711,6 +740,8 @@ def mutant(mask, **methods):
     mutant(Window(5, 2), empty=lambda _, q, k: k.order_min - q.order_max >= 1),
     mutant(Sinks(4), empty=lambda _, q, k: k.order_min >= 3),
     mutant(Sinks(4), full=lambda _, q, k: k.order_max <= 4),
+    mutant(BlockCausal(3), empty=lambda _, q, k: k.order_min > q.order_max),
+    mutant(BlockCausal(3), full=lambda _, q, k: k.order_max <= q.order_max),
     mutant(~Causal(), empty=lambda self, q, k: self.mask.empty(q, k)),
     mutant(
       Causal() | Sinks(2),

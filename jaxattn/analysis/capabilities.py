@@ -55,7 +55,7 @@ def facts(name: str) -> dict[str, Any]:
     'packing': bool(spec.claim('packing')),
     'layout': spec.layout,
     'fft': spec.fft,
-    'implementations': ['xla'],
+    'implementations': list(mixer.implementations),
     'sequence_parallelism': ['gather'] if spec.claim('sharding') else [],
     **_state(mixer),
     'parameters': sum(leaf.size for leaf in jax.tree.leaves(weights)),

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import cached
+from jaxattn.core import cached, softmax
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import sequence
@@ -60,9 +60,9 @@ def reference(
   return y * g if gate == 'dense' else y
 
 
-def attend(q, k, v, tokens, memory, score, *, mask):
+def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks. Gates are of a token, and stay outside."""
-  return cached.attend(q, k, v, tokens, memory, score, mask=mask)
+  return cached.attend(q, k, v, tokens, memory, score, **rule)
 
 
 class Gated(Mixer):
@@ -86,6 +86,8 @@ class Gated(Mixer):
   shared: bool = False
   causal: bool = True
   position: str | Mapping[str, Any] = 'rope'
+
+  implementations = softmax.IMPLEMENTATIONS
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -131,7 +133,9 @@ class Gated(Mixer):
     )
     mask = masks.Causal() if self.causal else masks.Everything()
     o, memory = sequence.run(
-      lambda *arrays: attend(*arrays, mask=mask),
+      lambda *arrays: attend(
+        *arrays, mask=mask, implementation=self.policy.implementation
+      ),
       encoding.rotate(q, places),
       encoding.rotate(k, places),
       v,

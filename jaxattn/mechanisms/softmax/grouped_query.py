@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import cached
+from jaxattn.core import cached, softmax
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import sequence
@@ -49,9 +49,9 @@ def reference(params, x, *, causal=True, add=0, rotate=None, bias=0, **_):
   return jnp.einsum('bthe,hem->btm', o, params['out']['kernel'])
 
 
-def attend(q, k, v, tokens, memory, score, *, mask):
+def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks, key heads never repeated."""
-  return cached.attend(q, k, v, tokens, memory, score, mask=mask)
+  return cached.attend(q, k, v, tokens, memory, score, **rule)
 
 
 def from_multi_head(params, kv_heads: int):
@@ -94,6 +94,8 @@ class GroupedQuery(Mixer):
   causal: bool = True
   position: str | Mapping[str, Any] = 'rope'
 
+  implementations = softmax.IMPLEMENTATIONS
+
   def check(self, width):
     if self.head_dim is None and width % self.heads:
       raise ValueError(
@@ -125,7 +127,9 @@ class GroupedQuery(Mixer):
     x = encoding.add(x, places)
     mask = masks.Causal() if self.causal else masks.Everything()
     o, memory = sequence.run(
-      lambda *arrays: attend(*arrays, mask=mask),
+      lambda *arrays: attend(
+        *arrays, mask=mask, implementation=self.policy.implementation
+      ),
       encoding.rotate(project(self.heads, 'query')(x), places),
       encoding.rotate(project(self.kv_heads, 'key')(x), places),
       project(self.kv_heads, 'value')(x),

@@ -28,7 +28,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import cached
+from jaxattn.core import cached, softmax
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import sequence
@@ -83,9 +83,9 @@ def margin(params, x, *, shared, top_k, add=0, **_):
   return _gates(params, x + add, shared, top_k)[1]
 
 
-def attend(q, k, v, tokens, memory, score, *, mask):
+def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks. Gates are of a token, and stay outside."""
-  return cached.attend(q, k, v, tokens, memory, score, mask=mask)
+  return cached.attend(q, k, v, tokens, memory, score, **rule)
 
 
 def from_multi_head(params, shared: int):
@@ -130,6 +130,8 @@ class MixtureOfHeads(Mixer):
   causal: bool = True
   position: str | Mapping[str, Any] = 'rope'
 
+  implementations = softmax.IMPLEMENTATIONS
+
   def check(self, width):
     if self.head_dim is None and width % self.heads:
       raise ValueError(
@@ -161,7 +163,9 @@ class MixtureOfHeads(Mixer):
     x = encoding.add(x, places)
     mask = masks.Causal() if self.causal else masks.Everything()
     o, memory = sequence.run(
-      lambda *arrays: attend(*arrays, mask=mask),
+      lambda *arrays: attend(
+        *arrays, mask=mask, implementation=self.policy.implementation
+      ),
       encoding.rotate(linear(split, 'query')(x), places),
       encoding.rotate(linear(split, 'key')(x), places),
       linear(split, 'value')(x),

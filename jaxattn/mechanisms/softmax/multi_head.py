@@ -12,6 +12,7 @@ with a `context` the keys and values are the context's (cross attention).
 Cost for one row: time O(t^2 d), state 2 t h d numbers, parameters 4 m h d.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,12 +57,12 @@ def reference(
   return jnp.einsum('bthe,hem->btm', o, params['out']['kernel'])
 
 
-def attend(q, k, v, tokens, memory, score, *, mask):
+def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks; keys come from the memory once it holds this chunk."""
-  return cached.attend(q, k, v, tokens, memory, score, mask=mask)
+  return cached.attend(q, k, v, tokens, memory, score, **rule)
 
 
-def attend_context(q, tokens, context):
+def attend_context(q, tokens, context, **rule):
   """Cross attention: every context token of the query's own segment."""
   return softmax.attention(
     q,
@@ -69,6 +70,7 @@ def attend_context(q, tokens, context):
     context.values,
     query_segments=tokens.segments,
     key_segments=context.segments,
+    **rule,
   )
 
 
@@ -89,6 +91,7 @@ class MultiHead(Mixer):
   position: str | Mapping[str, Any] = 'rope'
 
   reads_context = True
+  implementations = softmax.IMPLEMENTATIONS
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -121,7 +124,14 @@ class MultiHead(Mixer):
         read = jnp.where((places.segments > 0)[..., None], context.x, 0)
         read = read.astype(x.dtype)
         context = ContextKV(key(read), value(read), places.segments)
-      o = sequence.run(attend_context, query(x), tokens, context)
+      o = sequence.run(
+        functools.partial(
+          attend_context, implementation=self.policy.implementation
+        ),
+        query(x),
+        tokens,
+        context,
+      )
       return out(o), context
 
     encoding = position(self.position, policy=self.policy, name='position')
@@ -129,7 +139,9 @@ class MultiHead(Mixer):
     x = encoding.add(x, places)
     mask = masks.Causal() if self.causal else masks.Everything()
     o, memory = sequence.run(
-      lambda *arrays: attend(*arrays, mask=mask),
+      lambda *arrays: attend(
+        *arrays, mask=mask, implementation=self.policy.implementation
+      ),
       encoding.rotate(query(x), places),
       encoding.rotate(key(x), places),
       value(x),

@@ -86,7 +86,7 @@ def margin(params, x, *, block, top_k, add=0, rotate=None, **_):
   return _visible(q, k, block, top_k)[1]
 
 
-def attend(q, k, v, tokens, memory, *, block, top_k):
+def attend(q, k, v, tokens, memory, *, block, top_k, implementation):
   """The same without the mask: a query's own block, then those it chooses."""
   keys, values, order, segments = k, v, tokens.order, tokens.segments
   if memory is not None:
@@ -96,6 +96,7 @@ def attend(q, k, v, tokens, memory, *, block, top_k):
     keys,
     values,
     mask=masks.Causal() & select.SameBlock(block),
+    implementation=implementation,
     query_order=tokens.order,
     key_order=order,
     query_segments=tokens.segments,
@@ -126,6 +127,8 @@ class Moba(Mixer):
   heads: int = 4
   head_dim: int | None = None
   position: str | Mapping[str, Any] = 'rope'
+
+  implementations = softmax.IMPLEMENTATIONS
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -159,7 +162,12 @@ class Moba(Mixer):
     places = tokens.positions
     x = encoding.add(x, places)
     o, memory = sequence.run(
-      lambda *arrays: attend(*arrays, block=self.block, top_k=self.top_k),
+      lambda *arrays: attend(
+        *arrays,
+        block=self.block,
+        top_k=self.top_k,
+        implementation=self.policy.implementation,
+      ),
       encoding.rotate(project('query')(x), places),
       encoding.rotate(project('key')(x), places),
       project('value')(x),

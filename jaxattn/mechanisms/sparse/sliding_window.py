@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import cached
+from jaxattn.core import cached, softmax
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import sequence
@@ -51,9 +51,9 @@ def reference(params, x, *, window, sinks=0, add=0, rotate=None, bias=0, **_):
   return jnp.einsum('bthe,hem->btm', o, params['out']['kernel'])
 
 
-def attend(q, k, v, tokens, memory, score, *, mask):
+def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks: tiles outside the window are never touched."""
-  return cached.attend(q, k, v, tokens, memory, score, mask=mask)
+  return cached.attend(q, k, v, tokens, memory, score, **rule)
 
 
 class SlidingWindow(Mixer):
@@ -72,6 +72,8 @@ class SlidingWindow(Mixer):
   heads: int = 4
   head_dim: int | None = None
   position: str | Mapping[str, Any] = 'rope'
+
+  implementations = softmax.IMPLEMENTATIONS
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -107,7 +109,9 @@ class SlidingWindow(Mixer):
       mask = mask | masks.Sinks(self.sinks)
     mask = masks.Causal() & mask
     o, memory = sequence.run(
-      lambda *arrays: attend(*arrays, mask=mask),
+      lambda *arrays: attend(
+        *arrays, mask=mask, implementation=self.policy.implementation
+      ),
       encoding.rotate(project('query')(x), places),
       encoding.rotate(project('key')(x), places),
       project('value')(x),

@@ -1,0 +1,65 @@
+"""`policy.implementation` reaches the kernels, and is never ignored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattn
+from jaxattn import registry
+from jaxattn.mixer import Context
+from jaxattn.nn import Policy
+from pallas_kernels import flash
+
+NAMES = registry.names()
+FLASH = [n for n in NAMES if 'plain' in jaxattn.make(n).implementations]
+
+
+def test_who_runs_on_flash():
+  assert {'multi_head', 'sliding_window', 'moba', 'gated'} <= set(FLASH)
+  assert not {'gated_linear', 'delta_net', 's4d', 'sigmoid'} & set(FLASH)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+  """The names of those that ran."""
+  names = []
+  for backend, attend in flash.BACKENDS.items():
+    said = lambda *args, backend=backend, attend=attend: (
+      names.append(backend) or attend(*args)
+    )
+    monkeypatch.setitem(flash.BACKENDS, backend, said)
+  return names
+
+
+@pytest.mark.parametrize('name', FLASH)
+def test_the_one_named_runs(name, ran):
+  """And gives the same: 'plain' is another program."""
+  x = jax.random.normal(jax.random.key(0), (2, 20, 32))
+  outputs = {}
+  for backend in ('plain', 'xla'):
+    mixer = jaxattn.make(name, policy=Policy(implementation=backend))
+    ran.clear()
+    outputs[backend], _ = mixer.init_with_output(jax.random.key(1), x)
+    assert set(ran) == {backend}
+  np.testing.assert_allclose(
+    outputs['plain'].y, outputs['xla'].y, rtol=1e-5, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_one_that_is_not_there_is_refused(name):
+  with pytest.raises(NotImplementedError, match=r"'cuneiform', only .*xla"):
+    jaxattn.make(name, policy=Policy(implementation='cuneiform'))
+
+
+def test_one_that_others_have_is_refused():
+  with pytest.raises(NotImplementedError, match=r"GatedLinear .*'plain'"):
+    jaxattn.make('gated_linear', policy=Policy(implementation='plain'))
+
+
+def test_cross_attention_passes_it_on(ran):
+  mixer = jaxattn.make('multi_head', policy=Policy(implementation='plain'))
+  x = jnp.ones((1, 4, 32))
+  mixer.init(jax.random.key(0), x, context=Context(x))
+  assert set(ran) == {'plain'}
