@@ -21,3 +21,41 @@ class Blocks:
     for name, size in dataclasses.asdict(self).items():
       if size is not None and size < 1:
         raise ValueError(f'blocks: {name} must be at least 1, not {size}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """A tile on a TPU, and the parts in which it is computed.
+
+  Attributes:
+    q, k: queries and keys in the tile.
+    rows: keys in a part.
+    columns: queries in a part.
+  """
+
+  q: int
+  k: int
+  rows: int
+  columns: int
+
+
+# Found by static schedules, see docs/benchmarks/flash_tpu.md.
+TPU = {
+  'forward': Tile(1024, 1024, 1024, 512),
+  'backward': Tile(1024, 512, 256, 256),
+}
+LANES = 128
+
+
+def tile(blocks: Blocks, direction: str, t: int, s: int) -> Tile:
+  """The tile for t queries and s keys; blocks are rounded up to 128."""
+  best = TPU[direction]
+
+  def side(asked, length, most):
+    """Of the sides within `most`, the one that needs the least padding."""
+    whole = lambda x: -(-x // LANES) * LANES
+    most = whole(asked or most)
+    return min(most, whole(-(-length // -(-length // most))))
+
+  q, k = side(blocks.q, t, best.q), side(blocks.k, s, best.k)
+  return Tile(q, k, min(best.rows, k), min(best.columns, q))

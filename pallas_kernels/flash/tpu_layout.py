@@ -1,0 +1,401 @@
+"""What the TPU kernels of attention read, and how it is laid out for them.
+
+Tiles are keys by queries, `s t`. So what a query has of its own is a row of a
+tile, and arrays end with the time axis where they can: 'b h d t', 'rows f t'.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import masks, runs
+from pallas_kernels.blocks import Tile, tile
+from pallas_kernels.masks import Everything, Side, Tokens
+from pallas_kernels.problem import (
+  Extras,
+  Operands,
+  Rule,
+  floats,
+  one_segment,
+  with_floats,
+)
+
+VMEM = 64 * 2**20  # bytes that a kernel may use; all chips but v4 have more
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Sizes and choices that are known while tracing.
+
+  Attributes:
+    tile: queries and keys in a tile, and in the parts that it is cut into.
+    b, h, heads, t, s, d, e: sizes, with `heads` those of k and v.
+    rows: rows of tokens, b or 1.
+    dtype: of q, k and v.
+    mask: whether any tile may need a mask.
+    tokens: whether where tokens stand is read from arrays.
+    tags: their names.
+    segments: whether there are any.
+    ragged: the last block of keys holds padding.
+    natural: scores are to the base e, as modifications expect.
+    varying: over which mesh axes results vary, under shard_map.
+  """
+
+  tile: Tile
+  b: int
+  h: int
+  heads: int
+  t: int
+  s: int
+  d: int
+  e: int
+  rows: int
+  dtype: np.dtype
+  mask: bool
+  tokens: bool
+  tags: tuple[str, ...]
+  segments: bool
+  ragged: bool
+  natural: bool
+  varying: Any
+
+  @property
+  def blocks_q(self):
+    return math.ceil(self.t / self.tile.q)
+
+  @property
+  def blocks_k(self):
+    return math.ceil(self.s / self.tile.k)
+
+  @property
+  def long_q(self):
+    return self.blocks_q * self.tile.q
+
+  @property
+  def long_k(self):
+    return self.blocks_k * self.tile.k
+
+  @property
+  def group(self):
+    return self.h // self.heads
+
+  def table(self, rule, query: Tokens, key: Tokens, by_query):
+    """Which tiles are visited, see `runs.table`."""
+    if self.ragged:
+      query, key = one_segment(query), one_segment(key)
+    return runs.table(rule.mask, query, key, self.tile.q, self.tile.k, by_query)
+
+  def runs(self, table, row, block, by_query):
+    """Those of one block of one row of the batch."""
+    blocks = self.blocks_q if by_query else self.blocks_k
+    return runs.Runs(table, (row * blocks if self.rows > 1 else 0) + block)
+
+  def head(self, h):
+    """The key head of a query head."""
+    return h if self.group == 1 else lax.div(h, self.group)
+
+  def dot(self, x, y, dims):
+    wide = self.dtype == jnp.float32
+    return lax.dot_general(
+      *(x, y, dims),
+      precision=lax.Precision.HIGHEST if wide else None,
+      preferred_element_type=jnp.float32,
+    )
+
+  def like(self, shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.varying)
+
+
+def make(rule: Rule, q, k, v, extras, query, key, direction) -> Plan:
+  b, t, h, d = q.shape
+  _, s, heads, e = v.shape
+  sides = tile(rule.blocks, direction, t, s)
+  ragged = s % sides.k > 0
+  segments = query.segments is not None
+  tags = tuple(sorted(query.side.tags or {}))
+  tokens = jax.tree.leaves((query, key))
+  return Plan(
+    tile=sides,
+    **dict(b=b, h=h, heads=heads, t=t, s=s, d=d, e=e),
+    rows=max(len(x) for x in tokens),
+    dtype=q.dtype,
+    mask=not isinstance(rule.mask, Everything) or segments or ragged,
+    tokens=not rule.ordered or segments or bool(tags),
+    tags=tags,
+    segments=segments,
+    ragged=ragged,
+    natural=bool(extras.scores or extras.bias is not None),
+    varying=jax.typeof(q).manual_axis_type,
+  )
+
+
+def _padded(x, axis, size):
+  """Zeros behind, up to a size."""
+  fill = [(0, 0)] * x.ndim
+  fill[axis] = (0, size - x.shape[axis])
+  return jnp.pad(x, fill)
+
+
+def rows_first(x, length):
+  """'b t h d' to 'b h t d', padded."""
+  return _padded(jnp.swapaxes(x, 1, 2), 2, length)
+
+
+def rows_last(x, length):
+  """'b t h d' to 'b h d t', padded."""
+  return _padded(jnp.moveaxis(x, 1, 3), 3, length)
+
+
+def lay_tokens(plan, tokens: Tokens, length):
+  """Order, segments and tags as rows of one array 'rows f t', or None."""
+  if not plan.tokens:
+    return None
+  fields = [tokens.side.order]
+  if plan.segments:
+    fields.append(tokens.segments)
+  elif plan.ragged:
+    fields.append(jnp.ones_like(tokens.side.order))
+  fields += [tokens.side.tags[tag] for tag in plan.tags]
+  shape = (plan.rows, tokens.side.order.shape[1])
+  fields = [jnp.broadcast_to(x, shape) for x in fields]
+  return _padded(jnp.stack(fields, 1), 2, length)
+
+
+def lay_operands(plan, own: Operands) -> Operands:
+  """'h 1 n', 'b h 1 t' and 'b h 1 s'."""
+
+  def per_token(x, length):
+    return _padded(jnp.swapaxes(x, 1, 2), 2, length)[:, :, None]
+
+  return Operands(
+    tuple(x.reshape(len(x), 1, -1) for x in own.heads),
+    tuple(per_token(x, plan.long_q) for x in own.queries),
+    tuple(per_token(x, plan.long_k) for x in own.keys),
+  )
+
+
+def lay_bias(plan, bias):
+  """'b h s t', padded."""
+  if bias is None:
+    return None
+  bias = _padded(_padded(bias.mT, 3, plan.long_q), 2, plan.long_k)
+  return bias
+
+
+def pick(x, *index):
+  """An index of a block of x: 0 along axes that are shared."""
+  return tuple(0 if n == 1 else i for n, i in zip(x.shape, index))
+
+
+def operand_specs(plan, own: Operands, place) -> Operands:
+  """place(*grid) -> (b, h, i, j): which blocks of an operand are read."""
+
+  def spec(x, block, index):
+    return pl.BlockSpec(block, lambda *grid: index(x, *place(*grid)))
+
+  return Operands(
+    tuple(
+      spec(x, (None, 1, x.shape[2]), lambda _, b, h, i, j: (h, 0, 0))
+      for x in own.heads
+    ),
+    tuple(
+      spec(
+        *(x, (None, None, 1, plan.tile.q)),
+        lambda x, b, h, i, j: (*pick(x, b, h), 0, i),
+      )
+      for x in own.queries
+    ),
+    tuple(
+      spec(
+        *(x, (None, None, 1, plan.tile.k)),
+        lambda x, b, h, i, j: (*pick(x, b, h), 0, j),
+      )
+      for x in own.keys
+    ),
+  )
+
+
+def token_specs(plan, place):
+  """Of queries and of keys, or None."""
+  if not plan.tokens:
+    return None, None
+  fields = 1 + (plan.segments or plan.ragged) + len(plan.tags)
+  row = lambda b: b if plan.rows > 1 else 0
+
+  def query(*grid):
+    b, _, i, _ = place(*grid)
+    return row(b), 0, i
+
+  def key(*grid):
+    b, _, _, j = place(*grid)
+    return row(b), 0, j
+
+  return (
+    pl.BlockSpec((None, fields, plan.tile.q), query),
+    pl.BlockSpec((None, fields, plan.tile.k), key),
+  )
+
+
+def _column(row):
+  """'1 n' to 'n 1'."""
+  return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+
+
+@dataclasses.dataclass
+class Standing:
+  """Where the queries and keys of one tile stand.
+
+  Attributes:
+    query, key: refs of tokens, 'f c', or None if orders count up.
+    i, j: which tile it is.
+  """
+
+  plan: Plan
+  query: Any
+  key: Any
+  i: Any
+  j: Any
+
+  def part(self, rows, columns) -> tuple[Tokens, Tokens]:
+    """Tokens of queries '1 c' and of keys 'c 1'."""
+    plan, tile = self.plan, self.plan.tile
+    if not plan.tokens:
+      iota = lambda shape, axis: lax.broadcasted_iota(jnp.int32, shape, axis)
+      order = self.i * tile.q + columns.start + iota((1, columns.size), 1)
+      query = Tokens(Side(order, {}), jnp.ones_like(order))
+      order = self.j * tile.k + rows.start + iota((rows.size, 1), 0)
+      inside = (order < plan.s).astype(jnp.int32) if plan.ragged else None
+      key = Tokens(Side(order, {}), inside)
+      return query, key
+
+    def side(ref, where, turn):
+      fields = [turn(ref[pl.ds(f, 1), where]) for f in range(ref.shape[0])]
+      order = fields.pop(0)
+      segments = fields.pop(0) if plan.segments or plan.ragged else None
+      return Tokens(Side(order, dict(zip(plan.tags, fields))), segments)
+
+    return (
+      side(self.query, columns, lambda x: x),
+      side(self.key, rows, _column),
+    )
+
+
+def _sides(standing, rows, columns):
+  """Sides as a modification of scores reads them: '1 1 1 t' and '1 1 s 1'."""
+  query, key = standing.part(rows, columns)
+  return jax.tree.map(lambda x: x[None, None], (query.side, key.side))
+
+
+def _own_part(rests, own: Operands, rows, columns) -> Operands:
+  """Operands of a part, as a modification of scores reads them."""
+  return Operands(
+    tuple(ref[...].reshape(1, *rest) for ref, rest in zip(own.heads, rests)),
+    tuple(ref[:, columns][None, None] for ref in own.queries),
+    tuple(_column(ref[:, rows])[None, None] for ref in own.keys),
+  )
+
+
+def part_of(rests: Extras, extras: Extras, rows, columns) -> Extras:
+  """Extras of a part; rests are the shapes behind 'h' of operands of heads."""
+  own = lambda group, rests: tuple(
+    _own_part(rest, one, rows, columns) for one, rest in zip(group, rests)
+  )
+  bias = extras.bias
+  return Extras(
+    own(extras.scores, rests.scores),
+    own(extras.weights, rests.weights),
+    None if bias is None else bias[rows, columns][None, None],
+  )
+
+
+def rests(extras: Extras) -> Extras:
+  own = lambda group: tuple(
+    tuple(x.shape[1:] for x in one.heads) for one in group
+  )
+  return Extras(own(extras.scores), own(extras.weights))
+
+
+def modified(fn, x, standing, extras: Extras, rows, columns):
+  """fn of a part 's t' and the function back from its gradient."""
+  query, key = _sides(standing, rows, columns)
+  y, back = jax.vjp(
+    lambda x, values: fn(x, query, key, with_floats(extras, values)),
+    *(x[None, None], floats(extras)),
+  )
+
+  def gradient(dy):
+    dx, dextras = back(dy[None, None])
+    return dx[0, 0], dextras
+
+  return y[0, 0], gradient
+
+
+def masked(rule, plan, x, standing, rows, columns):
+  query, key = standing.part(rows, columns)
+  return jnp.where(masks.sees(rule.mask, query, key), x, -jnp.inf)
+
+
+def cut(length, size):
+  return [
+    pl.ds(start, min(size, length - start)) for start in range(0, length, size)
+  ]
+
+
+def params(semantics):
+  return pltpu.CompilerParams(
+    dimension_semantics=semantics, vmem_limit_bytes=VMEM
+  )
+
+
+def cost(plan, rule, products):
+  """What XLA's scheduler should think of a kernel: an upper bound."""
+  pairs = plan.b * plan.h * plan.long_q * plan.long_k
+  size = jnp.dtype(plan.dtype).itemsize
+  moved = plan.b * plan.h * (plan.t + plan.s) * (plan.d + plan.e) * size
+  return pl.CostEstimate(
+    flops=products * pairs * (plan.d + plan.e),
+    transcendentals=pairs,
+    bytes_accessed=products * moved,
+  )
+
+
+def aligned(rows):
+  return -(-rows // 8) * 8
+
+
+def kinds(extras: Extras) -> dict[str, list]:
+  """What has a gradient among operands, by kind; the inverse is of_kinds."""
+  groups = (*extras.scores, *extras.weights)
+  return {
+    kind: [x for own in groups for x in getattr(own, kind) if x is not None]
+    for kind in Operands._fields
+  }
+
+
+def of_kinds(kinds, like: Extras) -> Extras:
+  left = {kind: iter(values) for kind, values in kinds.items()}
+
+  def own(one):
+    return Operands(
+      *(
+        tuple(
+          None if x is None else next(left[kind]) for x in getattr(one, kind)
+        )
+        for kind in Operands._fields
+      )
+    )
+
+  return Extras(tuple(map(own, like.scores)), tuple(map(own, like.weights)))
+
+
+def shared(dx, x):
+  """The gradient of x, summed over axes along which x is shared."""
+  axes = [axis for axis in range(dx.ndim) if dx.shape[axis] != x.shape[axis]]
+  return dx.sum(axes, keepdims=True).astype(x.dtype)

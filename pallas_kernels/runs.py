@@ -1,0 +1,82 @@
+"""Which tiles a kernel visits: runs of tiles, in a table that is small.
+
+A block of queries (or, going over the other side, of keys) has six integers,
+made from the ranges of orders and segments: two runs of tiles that may not be
+empty, and one run of tiles that need no mask. What lies outside the two runs is
+neither computed nor fetched; a hole inside the second is computed under the
+mask. The table grows with the length, never with its square.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import masks, tiles
+from pallas_kernels.masks import Mask, Tokens
+
+FIELDS = 6
+FIRST, COUNT, SECOND, TOTAL, CLEAR, CLEAR_END = range(FIELDS)
+
+
+def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
+  """The runs of each block, int32 'rows * n * FIELDS', and the longest total.
+
+  Args:
+    mask: which keys a query sees.
+    query, key: tokens 'rows t' and 'rows s', where rows may be 1.
+    q, k: queries and keys in a tile.
+    by_query: blocks of queries have runs of keys, else the other way round.
+
+  FIRST and COUNT are the first run, SECOND is where the second begins, TOTAL
+  counts the tiles of both; tiles from CLEAR up to CLEAR_END need no mask.
+  """
+
+  def extent(tokens, size, axis):
+    blocks = masks.extent(tiles.token_blocks(tokens, size))  # 'n rows'
+    return jax.tree.map(lambda x: jnp.expand_dims(x.T, axis), blocks)
+
+  query, key = extent(query, q, 2), extent(key, k, 1)
+  empty, full = masks.judge(mask, query, key)
+  shape = jnp.broadcast_shapes(query.uniform.shape, key.uniform.shape)
+  empty, full = (jnp.broadcast_to(x, shape) for x in (empty, full))
+  if not by_query:
+    empty, full = empty.mT, full.mT
+  index = jnp.arange(empty.shape[-1], dtype=jnp.int32)
+  start = lambda x: jnp.argmax(x, -1).astype(jnp.int32)
+  end = lambda x: jnp.max(jnp.where(x, index + 1, 0), -1)
+  first = start(~empty)
+  gap = empty & (index > first[..., None])
+  count = jnp.where(gap.any(-1), start(gap), len(index)) - first
+  count = jnp.where(empty.all(-1), 0, count)
+  rest = ~empty & (index >= (first + count)[..., None])
+  second = start(rest)
+  total = count + jnp.maximum(end(rest) - second, 0)
+  # The longest run of full tiles: how long is the one that ends at each tile?
+  broken = lax.cummax(jnp.where(full, -1, index), axis=full.ndim - 1)
+  length = index - broken
+  clear_end = start(length == length.max(-1, keepdims=True)) + 1
+  clear = clear_end - length.max(-1)
+  runs = jnp.stack([first, count, second, total, clear, clear_end], -1)
+  return runs.reshape(-1), total.max()
+
+
+class Runs:
+  """The runs of one block, read from the table in scalar memory."""
+
+  def __init__(self, table, block):
+    self._field = lambda field: table[block * FIELDS + field]
+
+  @property
+  def total(self):
+    return self._field(TOTAL)
+
+  def tile(self, n):
+    """Where the n-th visited tile lies, or the nearest one that there is."""
+    n = jnp.maximum(jnp.minimum(n, self.total - 1), 0)
+    count = self._field(COUNT)
+    return n + jnp.where(
+      n < count, self._field(FIRST), self._field(SECOND) - count
+    )
+
+  def needs_mask(self, tile):
+    return (tile < self._field(CLEAR)) | (tile >= self._field(CLEAR_END))
