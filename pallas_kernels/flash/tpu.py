@@ -398,7 +398,7 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
     p_buffer[rows, columns] = w.astype(p_buffer.dtype)
     x_buffer[rows, columns] = dx.astype(x_buffer.dtype)
     if dextras.bias is not None:
-      outs['totals'][1][rows, columns] = dextras.bias[0, 0]
+      outs['totals'][1][rows, columns] = dextras.bias[0, 0].astype(jnp.float32)
     dextras = layout.kinds(dextras)
     for ref, dx in zip(own['heads'], dextras['heads']):
       ref[...] += dx.reshape(ref.shape)
