@@ -47,14 +47,21 @@ TPU = {
 LANES = 128
 
 
-def tile(blocks: Blocks, direction: str, t: int, s: int) -> Tile:
-  """The tile for t queries and s keys; blocks are rounded up to 128."""
+def tile(
+  blocks: Blocks, direction: str, t: int, s: int, row: int = 256
+) -> Tile:
+  """The tile for t queries and s keys; what is asked is rounded up to 128.
+
+  row is the size in bytes of a query or a key, whichever is larger: the larger,
+  the smaller the tile, for all has to fit in the 16 MiB of VMEM of a v4.
+  """
   best = TPU[direction]
+  less = 1 if row <= 256 else 2
 
   def side(asked, length, most):
     """Of the sides within `most`, the one that needs the least padding."""
     whole = lambda x: -(-x // LANES) * LANES
-    most = whole(asked or most)
+    most = whole(asked or most // less)
     return min(most, whole(-(-length // -(-length // most))))
 
   q, k = side(blocks.q, t, best.q), side(blocks.k, s, best.k)

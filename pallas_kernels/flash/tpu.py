@@ -14,8 +14,9 @@ sees one straight line of independent work.
 
 Tiles are keys by queries, `s t`: then the maximum and the sum over keys are
 taken along sublanes, elementwise, and what a query knows of itself is one row.
-Accordingly o is computed as `e t`, dq as `d t`, and v comes as `e s`. Exponents
-are to the base 2, the scale and log2(e) being multiplied into q beforehand.
+Accordingly o is computed as `e t`, dq as `d t`, and v comes as `e s`. The scale
+is multiplied into q beforehand; for bfloat16 log2(e) is too, as a TPU computes
+powers of 2. Float32 would lose a digit by it.
 
 The backward kernel keeps a block of keys and goes over the queries. dk and dv
 stay in VMEM meanwhile; dq is read, added to and written back in float32, by
@@ -41,7 +42,6 @@ from pallas_kernels.flash import tpu_layout as layout
 from pallas_kernels.masks import Side, Tokens
 from pallas_kernels.problem import Extras, Operands, Rule, alike, floats
 
-LOG2E = math.log2(math.e)
 LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
@@ -153,12 +153,12 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
     """p = exp(x - m), of the tile before."""
     old = m[row, columns]
     new = jnp.maximum(old, top[row, columns])
-    factor = jnp.exp2(old - new)
+    factor = plan.power(old - new)
     m[row, columns] = new
     shrink[row, columns] = factor
     sum_ = factor * l[row, columns]
     for rows in layout.cut(side_k, plan.tile.rows):
-      p = jnp.exp2(x_buffer[rows, columns] - new)
+      p = plan.power(x_buffer[rows, columns] - new)
       sum_ += p.sum(0, keepdims=True)
       if rule.weights:
         own = Extras(weights=ins['extras_before'])
@@ -172,12 +172,11 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
     most = None
     for rows in layout.cut(side_k, plan.tile.rows):
       x = plan.dot(k[rows, :], q[columns, :], NT)
-      if plan.natural:
+      if plan.modified:
         own = layout.part_of(
           rests._replace(weights=()), ins['extras'], rows, columns
         )
         x, _ = layout.modified(rule.scored, x, now, own, rows, columns)
-        x = LOG2E * x
       if masked:
         x = layout.masked(rule, plan, x, now, rows, columns)
       x_buffer[rows, columns] = x
@@ -219,7 +218,7 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
     seen = l[row, :] > 0
     share = 1 / jnp.where(seen, l[row, :], 1)
     outs['o'][...] = (o[...] * share).astype(outs['o'].dtype)
-    outs['m'][...] = jnp.where(seen, m[row, :] / LOG2E, -jnp.inf)
+    outs['m'][...] = jnp.where(seen, m[row, :] / plan.unit, -jnp.inf)
     outs['l'][...] = l[row, :]
 
 
@@ -229,7 +228,7 @@ def forward(rule, q, k, v, extras, query, key):
   plan = layout.make(rule, q, k, v, extras, query, key, 'forward')
   sides = plan.tile
   table, width = plan.table(rule, query, key, True)
-  scale = rule.scale * (1 if plan.natural else LOG2E)
+  scale = rule.scale * plan.unit
   laid = Extras(
     tuple(layout.lay_operands(plan, one) for one in extras.scores),
     tuple(layout.lay_operands(plan, one) for one in extras.weights),
@@ -377,22 +376,22 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
     """w and dx, of the tile that has come."""
     x = plan.dot(k[rows, :], q[columns, :], NT)
     part = layout.part_of(rests, ins['extras'], rows, columns)
-    if plan.natural:
+    if plan.modified:
       x, to_scores = layout.modified(
         *(rule.scored, x, now, part._replace(weights=()), rows, columns)
       )
-      x = LOG2E * x
     if masked:
       x = layout.masked(rule, plan, x, now, rows, columns)
-    p = jnp.exp2(x - ins['known'][pl.ds(0, 1), columns])
+    m, share, delta = (ins['known'][pl.ds(at, 1), columns] for at in range(3))
+    p = plan.power(x - m) * share
     dw = plan.dot(v[rows, :], do[columns, :], NT)
     w, dp, dextras = p, dw, Extras()
     if rule.weights:
       part = Extras(weights=part.weights)
       w, to_weights = layout.modified(rule.weighed, p, now, part, rows, columns)
       dp, dextras = to_weights(dw)
-    dx = p * (dp - ins['known'][pl.ds(1, 1), columns])
-    if plan.natural:
+    dx = p * (dp - delta)
+    if plan.modified:
       dx, more = to_scores(dx)
       dextras = more._replace(weights=dextras.weights)
     p_buffer[rows, columns] = w.astype(p_buffer.dtype)
@@ -472,8 +471,7 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
 
   @pl.when(last & (g == plan.group - 1))
   def _():
-    unscaled = 1 if plan.natural else 1 / LOG2E
-    outs['dk'][...] = (dk[...] * unscaled).astype(outs['dk'].dtype)
+    outs['dk'][...] = (dk[...] / plan.unit).astype(outs['dk'].dtype)
     outs['dv'][...] = dv[...].astype(outs['dv'].dtype)
 
   @pl.when(last)
@@ -492,15 +490,12 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
   table, width = plan.table(rule, query, key, False)
   delta = jnp.sum(do.astype(jnp.float32) * o, -1) - l * dl
   unseen = l == 0
-  # exp(x - m) / l is one power, and 0 where there is nothing.
-  lse = jnp.where(unseen, 0, m) * LOG2E + jnp.log2(jnp.where(unseen, 1, l))
-  lse = jnp.where(unseen, jnp.inf, lse)
-  fill = [(0, 0), (0, plan.long_q - plan.t), (0, 0)]
-  known = [
-    jnp.pad(lse, fill, constant_values=jnp.inf),
-    jnp.pad(delta, fill),
+  known = [  # of a query: exp(x - m) / l is 0 where there is nothing
+    jnp.where(unseen, jnp.inf, m * plan.unit),
+    1 / jnp.where(unseen, 1, l),
+    delta,
   ]
-  scale = rule.scale * (1 if plan.natural else LOG2E)
+  scale = rule.scale * plan.unit
   laid = Extras(
     tuple(layout.lay_operands(plan, one) for one in extras.scores),
     tuple(layout.lay_operands(plan, one) for one in extras.weights),
@@ -513,7 +508,7 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
     'q_before': q_laid,
     'do': do_laid,
     'do_before': do_laid,
-    'known': jnp.stack([jnp.swapaxes(x, 1, 2) for x in known], 2),
+    'known': layout.rows_last(jnp.stack(known, 3), plan.long_q),
     'k': layout.rows_first(k, plan.long_k),
     'k_turned': layout.rows_last(k, plan.long_k),
     'v': layout.rows_first(v, plan.long_k),
@@ -552,7 +547,7 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
     'q_before': spec(of_q, rows, 1),
     'do': spec(of_do, rows),
     'do_before': spec(of_do, rows, 1),
-    'known': spec((None, None, 2, sides.q), lambda b, h, i, j: (b, h, 0, i)),
+    'known': spec((None, None, 3, sides.q), lambda b, h, i, j: (b, h, 0, i)),
     'k': of_keys(sides.k, plan.d),
     'k_turned': pl.BlockSpec(
       (None, None, plan.d, sides.k), lambda b, head, j, *_: (b, head, 0, j)

@@ -27,7 +27,7 @@ from pallas_kernels.problem import (
   with_floats,
 )
 
-VMEM = 64 * 2**20  # bytes that a kernel may use; all chips but v4 have more
+VMEM = 64 * 2**20  # bytes that a kernel may use, where a chip has as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
     tags: their names.
     segments: whether there are any.
     ragged: the last block of keys holds padding.
-    natural: scores are to the base e, as modifications expect.
+    modified: scores are, by a function or a bias.
     varying: over which mesh axes results vary, under shard_map.
   """
 
@@ -63,7 +63,7 @@ class Plan:
   tags: tuple[str, ...]
   segments: bool
   ragged: bool
-  natural: bool
+  modified: bool
   varying: Any
 
   @property
@@ -97,6 +97,16 @@ class Plan:
     blocks = self.blocks_q if by_query else self.blocks_k
     return runs.Runs(table, (row * blocks if self.rows > 1 else 0) + block)
 
+  @property
+  def unit(self):
+    """Scores are in these units: log2(e) if a weight is a power of 2."""
+    narrow = self.dtype == jnp.bfloat16 and not self.modified
+    return math.log2(math.e) if narrow else 1.0
+
+  def power(self, x):
+    """What a score means as a weight."""
+    return jnp.exp(x) if self.unit == 1 else jnp.exp2(x)
+
   def head(self, h):
     """The key head of a query head."""
     return h if self.group == 1 else lax.div(h, self.group)
@@ -116,7 +126,7 @@ class Plan:
 def make(rule: Rule, q, k, v, extras, query, key, direction) -> Plan:
   b, t, h, d = q.shape
   _, s, heads, e = v.shape
-  sides = tile(rule.blocks, direction, t, s)
+  sides = tile(rule.blocks, direction, t, s, max(d, e) * q.dtype.itemsize)
   ragged = s % sides.k > 0
   segments = query.segments is not None
   tags = tuple(sorted(query.side.tags or {}))
@@ -131,7 +141,7 @@ def make(rule: Rule, q, k, v, extras, query, key, direction) -> Plan:
     tags=tags,
     segments=segments,
     ragged=ragged,
-    natural=bool(extras.scores or extras.bias is not None),
+    modified=bool(extras.scores or extras.bias is not None),
     varying=jax.typeof(q).manual_axis_type,
   )
 

@@ -1,0 +1,353 @@
+"""The TPU kernels of attention, interpreted: values, gradients and races.
+
+The oracle is the formula in a few lines with a dense matrix of who sees whom,
+in float64; a kernel may err twice as much as the formula does in float32. Races
+are what the interpreter's vector clocks find; memory begins as NaN. That the
+kernels lower for a TPU is tested here too, and in `test_flash_aot` that they
+compile.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import masks
+from pallas_kernels.blocks import Blocks
+from pallas_kernels.dropout import Dropout
+from pallas_kernels.flash import plain, tpu
+from pallas_kernels.masks import Causal, Everything, Sinks, Window
+from pallas_kernels.problem import problem
+from pallas_kernels.scores import Buckets, Difference, Score, Slopes
+
+BLOCKS = Blocks(128, 128)
+PADDED = np.repeat([1, 2, 3, 0], [90, 100, 60, 50])
+LATE = np.repeat([0, 5, 6], [30, 200, 70])
+COUNTED = np.concatenate([np.arange(n) for n in (90, 100, 60, 50)])
+
+
+def draw(b=1, t=200, s=256, h=2, k=1, d=32, e=32, seed=0):
+  """q, k, v, and the weights of o and lse in what is differentiated."""
+  rng = np.random.default_rng(seed)
+  shapes = (b, t, h, d), (b, s, k, d), (b, s, k, e), (b, t, h, e), (b, t, h)
+  return [rng.uniform(-1.7, 1.7, shape) for shape in shapes]
+
+
+def number(*shape, seed=1):
+  return np.random.default_rng(seed).uniform(0.1, 1, shape)
+
+
+def loud():
+  """Scores of one head are all far above 0, of the other all far below."""
+  q, k, *rest = draw(d=64, seed=3)
+  q = 15 * np.abs(q) * np.array([1, -1])[:, None]
+  return q, np.abs(k), *rest
+
+
+STRIDE = {
+  'query_order': np.arange(200) * 2 - 60,
+  'key_order': np.arange(256) * 2,
+}
+BOTH = {
+  f'{side}_{name}': x
+  for side in ('query', 'key')
+  for name, x in (
+    ('segments', np.stack([PADDED, LATE])),
+    ('order', np.stack([COUNTED, np.arange(300)])),
+  )
+}
+LATER = {'query_order': np.arange(200) + 56}
+# name: arrays, what `problem` takes, and numbers for a score or a bias.
+CASES = {
+  'causal': (draw(2, 300, 300, 4, 2, 64, 48), {'mask': Causal()}, {}),
+  'sinks': (
+    draw(1, 384, 384, 2, 2),
+    {'mask': Causal() & (Window(64) | Sinks(4))},
+    {},
+  ),
+  'packed': (draw(2, 300, 300), {'mask': Causal(), **BOTH}, {}),
+  'striped': (draw(e=40), {'mask': Causal(), **STRIDE}, {}),
+  'loud': (loud(), {}, {}),
+  'ragged': (draw(2, 130, 200, d=40, e=72), {}, {}),
+  'softcap': (
+    draw(),
+    {'mask': Causal(), 'softcap': 2.0, 'score': Slopes(), **LATER},
+    {'heads': (number(2),)},
+  ),
+  'forget': (
+    draw(2),
+    {'mask': Causal(), 'score': Difference(), **LATER},
+    {'queries': (number(2, 200, 2),), 'keys': (number(1, 256, 1),)},
+  ),
+  'bias': (
+    draw(2),
+    {'mask': Causal(), **STRIDE},
+    {'bias': number(1, 2, 200, 256)},
+  ),
+}
+
+
+def ask(attend, q, k, v, numbers, blocks=BLOCKS, **given):
+  """Finished o, m and l."""
+  numbers = dict(numbers)
+  sides = [
+    tuple(given.pop(f'{side}_{name}', None) for name in ('order', 'segments'))
+    for side in ('query', 'key')
+  ]
+  bias = numbers.pop('bias', None)
+  if numbers:
+    names = {'heads': 'operands'}
+    numbers = {names.get(name, name): x for name, x in numbers.items()}
+    given['score'] = Score(given['score'], **numbers)
+  rule, extras, query, key = problem(
+    *(q, k, v),
+    query=(*sides[0], None),
+    key=(*sides[1], None),
+    bias=bias,
+    blocks=blocks,
+    **{'mask': Everything(), **given},
+  )
+  if attend is tpu.attend:
+    assert tpu.refuses(rule, q, k, v, extras, query) is None
+  return attend(rule, q, k, v, extras, query, key)
+
+
+def seen(mask, t, s, given):
+  """`b t s`, pair by pair."""
+  at = lambda name, default: jnp.atleast_2d(given.get(name, default))
+  query = masks.Side(at('query_order', np.arange(t))[..., None], {})
+  key = masks.Side(at('key_order', np.arange(s))[:, None], {})
+  one = at('query_segments', np.ones(t, int))[..., None]
+  other = at('key_segments', np.ones(s, int))[:, None]
+  return mask(query, key) & (one == other) & (other != 0)
+
+
+def formula(q, k, v, numbers, mask=None, softcap=None, score=None, **given):
+  """o and lse."""
+  t, s, h = q.shape[1], k.shape[1], q.shape[2]
+  k, v = (jnp.repeat(x, h // x.shape[2], axis=2) for x in (k, v))
+  x = jnp.einsum('bthd,bshd->bhts', q, k) / np.sqrt(q.shape[3])
+  x = x if softcap is None else softcap * jnp.tanh(x / softcap)
+  if isinstance(score, Slopes):
+    far = given['query_order'][:, None] - np.arange(s)
+    x = x - numbers['heads'][0][:, None, None] * np.abs(far)
+  if isinstance(score, Difference):
+    (a,), (b,) = numbers['queries'], numbers['keys']
+    x = x + a.mT[..., None] - b.mT[:, :, None]
+  x = x + numbers.get('bias', 0)
+  visible = seen(mask or Everything(), t, s, given)[:, None]
+  x = jnp.where(visible, x, -jnp.inf)
+  m = jnp.max(x, -1, keepdims=True)
+  p = jnp.where(visible, jnp.exp(x - jnp.where(m == -jnp.inf, 0, m)), 0)
+  total = p.sum(-1, keepdims=True)
+  o = jnp.einsum('bhts,bshe->bthe', p / jnp.where(total == 0, 1, total), v)
+  lse = jnp.where(total > 0, m + jnp.log(jnp.where(total > 0, total, 1)), m)
+  return o, jnp.swapaxes(lse[..., 0], 1, 2)
+
+
+def results(attend, arrays, numbers, given):
+  """o, lse, and the gradients of a sum of both."""
+
+  def loss(q, k, v, numbers):
+    w, u = (jnp.asarray(x, q.dtype) for x in arrays[3:])
+    o, lse = attend(q, k, v, numbers, **given)
+    return jnp.sum(o * w) + jnp.sum(jnp.where(lse > -jnp.inf, lse * u, 0)), (
+      o,
+      lse,
+    )
+
+  gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+  wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+  given_arrays = jax.tree.map(lambda x: jnp.asarray(x, wide), arrays[:3])
+  numbers = jax.tree.map(lambda x: jnp.asarray(x, wide), numbers)
+  gradients, (o, lse) = gradient(*given_arrays, numbers)
+  q, k, v, rest = gradients
+  found = {'o': o, 'lse': lse, 'dq': q, 'dk': k, 'dv': v, 'rest': rest}
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+
+
+def kernel(q, k, v, numbers, **given):
+  """o and lse by the kernels."""
+  o, m, total = ask(tpu.attend, q, k, v, numbers, **given)
+  unseen = total == 0
+  lse = m + jnp.log(jnp.where(unseen, 1, total))
+  return o, jnp.where(unseen, -jnp.inf, lse)
+
+
+@functools.cache
+def exactly(name):
+  arrays, given, numbers = CASES[name]
+  with jax.enable_x64(True):
+    return results(formula, arrays, numbers, given)
+
+
+def error(x, exact):
+  finite = np.isfinite(exact)
+  np.testing.assert_array_equal(finite, np.isfinite(x))
+  x, exact = x[finite], exact[finite]
+  rms = np.sqrt(np.mean(np.square(exact)))
+  return np.abs(x - exact).max() / (rms or 1)
+
+
+def broken(fast, naive, exact):
+  """Where `fast` breaks the error rule.
+
+  Gradients are held to the largest error of a naive one: each is but one draw.
+  """
+  off, allowed = (jax.tree.map(error, x, exact) for x in (fast, naive))
+  most = {name: allowed.pop(name) for name in ('o', 'lse')}
+  rest = max(jax.tree.leaves(allowed))
+  eps = float(jnp.finfo(jnp.float32).eps)
+  return [
+    f'{name}: {x:.1e}, naively {most.get(name, rest):.1e}'
+    for name, group in off.items()
+    for x in jax.tree.leaves(group)
+    if not x <= 2 * most.get(name, rest) + eps
+  ]
+
+
+def interpreted(call, mode='on_wait', seed=0):
+  """call() with the product kernels interpreted."""
+  params = pltpu.InterpretParams(
+    detect_races=True,
+    dma_execution_mode=mode,
+    uninitialized_memory='nan',
+    out_of_bounds_reads='raise',
+    random_seed=seed,
+  )
+  try:
+    with pltpu.force_tpu_interpret_mode(params):
+      return jax.block_until_ready(call())
+  finally:
+    pltpu.reset_tpu_interpret_mode_state()
+    jax.clear_caches()  # the parameters are no part of a program's key
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_exact(name, capfd):
+  arrays, given, numbers = CASES[name]
+  naive = results(formula, arrays, numbers, given)
+  even = list(CASES).index(name) % 2 == 0
+  mode = ('on_wait', 0) if even else ('eager', 1)
+  fast = interpreted(lambda: results(kernel, arrays, numbers, given), *mode)
+  assert 'RACE DETECTED' not in capfd.readouterr().out
+  assert broken(fast, naive, exactly(name)) == []
+
+
+@pytest.mark.parametrize('mode', [('eager', 0), ('on_wait', 1)])
+def test_exact_in_the_other_mode(mode, capfd):
+  arrays, given, numbers = CASES['causal']
+  fast = interpreted(lambda: results(kernel, arrays, numbers, given), *mode)
+  assert 'RACE DETECTED' not in capfd.readouterr().out
+  off = jax.tree.map(error, fast, exactly('causal'))
+  assert max(jax.tree.leaves(off)) < 1e-5
+
+
+def test_rows_that_see_nothing():
+  """They have o = 0, l = 0, m = -inf and no gradient, and give none."""
+  arrays, given, numbers = CASES['striped']
+  fast = interpreted(lambda: results(kernel, arrays, numbers, given))
+  blind = given['query_order'] < 0
+  assert blind.any()
+  assert not fast['o'][:, blind].any()
+  assert not fast['dq'][:, blind].any()
+  assert (fast['lse'][:, blind] == -np.inf).all()
+
+
+def test_dropout_is_that_of_plain():
+  q, k, v, w, _ = (jnp.asarray(x, jnp.float32) for x in draw())
+
+  def both(attend):
+    def loss(q, k, v):
+      o, _, _ = ask(
+        *(attend, q, k, v, {}),
+        mask=Causal(),
+        dropout=Dropout(0.3, seed=7),
+        **LATER,
+      )
+      return jnp.sum(o * w), o
+
+    return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+  fast = interpreted(lambda: both(tpu.attend))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5),
+    *(fast, both(plain.attend)),
+  )
+
+
+def test_bfloat16():
+  """Scores and sums are in float32, whatever the inputs are."""
+  arrays, given, numbers = CASES['causal']
+
+  def narrow(attend):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arrays[:3])
+    return jax.jit(lambda *x: attend(*x, numbers, **given)[0])(q, k, v)
+
+  fast = interpreted(lambda: narrow(kernel))
+  assert fast.dtype == jnp.bfloat16
+  exact = exactly('causal')['o']
+  wide = lambda x: np.asarray(x, np.float64)
+  bound = 2 * error(wide(narrow(formula)), exact)
+  assert error(wide(fast), exact) <= bound + float(jnp.finfo(jnp.bfloat16).eps)
+
+
+def test_interpreter_notices_a_missing_wait(monkeypatch, capfd):
+  """A mutant that reads dq before it has come."""
+
+  class Hasty:
+    def __init__(self, copy):
+      self.start, self.wait = copy.start, lambda: None
+
+  real = pltpu.make_async_copy
+  monkeypatch.setattr(
+    tpu.pltpu, 'make_async_copy', lambda *ends: Hasty(real(*ends))
+  )
+  arrays, given, numbers = CASES['causal']
+  try:
+    fast = interpreted(lambda: results(kernel, arrays, numbers, given), 'eager')
+    wrong = not jax.tree.map(error, fast, exactly('causal'))['dq'] < 1e-5
+  except Exception:
+    wrong = True
+  assert wrong or 'RACE DETECTED' in capfd.readouterr().out
+
+
+def test_refuses():
+  q, k, v, *_ = (jnp.asarray(x, jnp.float32) for x in draw())
+
+  def reason(q=q, k=k, v=v, **given):
+    side = (None, None, None)
+    rule, extras, query, _ = problem(
+      *(q, k, v), mask=Causal(), query=side, key=side, **given
+    )
+    return tpu.refuses(rule, q, k, v, extras, query)
+
+  assert reason() is None
+  assert reason(softcap=3.0, dropout=Dropout(0.1, seed=0)) is None
+  table = Score(Buckets(64, True), (jnp.zeros((2, 16)),))
+  assert 'Buckets is not elementwise' in reason(score=table)
+  half = (x.astype(jnp.float16) for x in (q, k, v))
+  assert 'float16' in reason(*half)
+  assert 'differ in type' in reason(v=v.astype(jnp.bfloat16))
+  wide = (jnp.zeros((*x.shape[:3], 300)) for x in (q, k))
+  assert '300' in reason(*wide)
+  assert 'nothing' in reason(q=q[:, :0])
+
+
+@pytest.mark.parametrize('name', ['causal', 'packed', 'forget', 'bias'])
+def test_lowers(name):
+  arrays, given, numbers = CASES[name]
+  numbers = jax.tree.map(lambda x: x.astype(np.float32), numbers)
+
+  def loss(q, k, v):
+    o, _, total = ask(tpu.attend, q, k, v, numbers, **given)
+    return jnp.sum(o) + jnp.sum(total)
+
+  q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays[:3])
+  exported = jax.export.export(
+    jax.jit(jax.grad(loss, (0, 1, 2))), platforms=['tpu']
+  )(q, k, v)
+  assert 'flash_backward' in exported.mlir_module()
