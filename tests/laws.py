@@ -205,6 +205,9 @@ def reference(subject: Subject) -> None:
 
   err(fast, exact) <= 2 err(naive, exact) + eps, where naive is the formula in
   float32 and err is the largest difference over the RMS of the exact result.
+  Some gradients are two numbers, whose rounding errors may both be small by
+  luck: so the naive error is the largest of three draws, for gradients are
+  linear in the cotangent and multiples of it round differently.
   """
   formula = subject.reference()
 
@@ -214,16 +217,24 @@ def reference(subject: Subject) -> None:
     return formula(params, x), grads
 
   inputs = (subject.variables['params'], subject.x, subject.cotangent)
-  naive = jax.jit(both)(*inputs)
+  draws = [
+    (scale, jax.jit(both)(*inputs[:2], scale * inputs[2]))
+    for scale in (1.0, 0.7, 1.3)
+  ]
   with jax.enable_x64(True):
     wide = jax.tree.map(lambda a: np.asarray(a, np.float64), inputs)
     exact = jax.tree.map(np.asarray, jax.jit(both)(*wide))
   y, (variables, x) = subject.dense
   fast = (y, (variables['params'], x))
 
+  scaled = lambda scale: (exact[0], jax.tree.map(lambda g: scale * g, exact[1]))
+  naive_errors = jax.tree.map(
+    lambda *errors: max(errors),
+    *(jax.tree.map(apart, naive, scaled(scale)) for scale, naive in draws),
+  )
   leaves = zip(
     jax.tree_util.tree_leaves_with_path(exact),
-    jax.tree.leaves(naive),
+    jax.tree.leaves(naive_errors),
     jax.tree.leaves(fast),
     strict=True,
   )
@@ -231,7 +242,7 @@ def reference(subject: Subject) -> None:
     name = jax.tree_util.keystr(path)
     assert rms(exact) > 1e-6, f'{name} is zero: nothing is compared'
     error = apart(fast, exact)
-    bound = 2 * apart(naive, exact) + 8 * float(jnp.finfo(jnp.float32).eps)
+    bound = 2 * naive + 8 * float(jnp.finfo(jnp.float32).eps)
     assert error <= bound, f'{name}: error {error:.2e}, allowed {bound:.2e}'
 
 
