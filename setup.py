@@ -36,6 +36,8 @@ setup(
       'ruff>=0.12',
       *REPORT,
     ],
+    # To compile for chips that are not there: libtpu as each jax asks for it.
+    'aot': ['jax[tpu]>=0.10.2,<0.13'],
     'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
     'tpu': ['jax[tpu]>=0.10.2,<0.13'],
   },

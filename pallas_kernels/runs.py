@@ -9,7 +9,6 @@ mask. The table grows with the length, never with its square.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import masks, tiles
 from pallas_kernels.masks import Mask, Tokens
@@ -28,7 +27,8 @@ def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
     by_query: blocks of queries have runs of keys, else the other way round.
 
   FIRST and COUNT are the first run, SECOND is where the second begins, TOTAL
-  counts the tiles of both; tiles from CLEAR up to CLEAR_END need no mask.
+  counts the tiles of both; tiles from CLEAR up to CLEAR_END need no mask: the
+  last run of such tiles, and in all but odd masks the longest.
   """
 
   def extent(tokens, size, axis):
@@ -41,21 +41,18 @@ def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
   empty, full = (jnp.broadcast_to(x, shape) for x in (empty, full))
   if not by_query:
     empty, full = empty.mT, full.mT
-  index = jnp.arange(empty.shape[-1], dtype=jnp.int32)
-  start = lambda x: jnp.argmax(x, -1).astype(jnp.int32)
+  n = empty.shape[-1]
+  index = jnp.arange(n, dtype=jnp.int32)
+  start = lambda x: jnp.min(jnp.where(x, index, n), -1)
   end = lambda x: jnp.max(jnp.where(x, index + 1, 0), -1)
-  first = start(~empty)
-  gap = empty & (index > first[..., None])
-  count = jnp.where(gap.any(-1), start(gap), len(index)) - first
+  first = start(~empty) % n
+  count = start(empty & (index > first[..., None])) - first
   count = jnp.where(empty.all(-1), 0, count)
   rest = ~empty & (index >= (first + count)[..., None])
-  second = start(rest)
+  second = start(rest) % n
   total = count + jnp.maximum(end(rest) - second, 0)
-  # The longest run of full tiles: how long is the one that ends at each tile?
-  broken = lax.cummax(jnp.where(full, -1, index), axis=full.ndim - 1)
-  length = index - broken
-  clear_end = start(length == length.max(-1, keepdims=True)) + 1
-  clear = clear_end - length.max(-1)
+  clear_end = end(full)
+  clear = end(~full & (index < clear_end[..., None]))
   runs = jnp.stack([first, count, second, total, clear, clear_end], -1)
   return runs.reshape(-1), total.max()
 

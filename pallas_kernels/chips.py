@@ -1,0 +1,64 @@
+"""TPUs to compile for that need not be there.
+
+  compiled = jax.jit(f).lower(*chips.on('v5e', shapes)).compile()
+
+runs the compiler of that chip on any x86-64 Linux, where libtpu is installed:
+`pip install '.[aot]'`. The verdict on memory, VMEM and HBM, is the chip's.
+"""
+
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+TOPOLOGIES = {
+  'v4': 'v4:2x2x1',
+  'v5e': 'v5e:2x2',
+  'v5p': 'v5p:2x2x1',
+  'v6e': 'v6e:2x2',
+  'tpu7x': 'tpu7x:2x2x1',
+}
+# What libtpu would otherwise ask the machine; it is read when libtpu loads.
+SETTINGS = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+
+
+def missing() -> str | None:
+  """Why there is no compiler for TPUs here, or None."""
+  if importlib.util.find_spec('libtpu') is None:
+    return "libtpu is not installed: pip install '.[aot]'"
+  return None
+
+
+def device(chip: str) -> jax.Device:
+  """One such chip.
+
+  Raises:
+    ModuleNotFoundError: libtpu is not installed.
+  """
+  if why := missing():
+    raise ModuleNotFoundError(why)
+  for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
+  two_cores = {
+    'chip_config_name': 'megacore',
+    'chips_per_host_bounds': (2, 2, 1),
+  }
+  described = topologies.get_topology_desc(
+    platform='tpu',
+    topology_name=TOPOLOGIES[chip],
+    **(two_cores if chip == 'v4' else {}),
+  )
+  return described.devices[0]
+
+
+def on(chip: str, shapes):
+  """A tree of arrays or shapes as shapes that lie on such a chip."""
+  sharding = jax.sharding.SingleDeviceSharding(device(chip))
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(place, shapes)
