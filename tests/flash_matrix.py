@@ -188,7 +188,8 @@ def results(feature, name, blocks, wider=None):
   draw = lambda shape: jnp.asarray(rounded(shape), wider or feature.dtype)
   arrays = [draw(shape) for shape in feature.shapes]
   given = {k: draw(shape) for k, shape in feature.given.items()}
-  w = rng.normal(size=(B, T, H, feature.shapes[2][-1]))
+  w = draw((B, T, H, feature.shapes[2][-1]))
+  w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
   def loss(arrays, given):
     o = flash.attention(
