@@ -13,6 +13,10 @@ Sections:
   masks     windows, documents and prefixes: time against tiles not empty
   growth    time of linear-time mechanisms from 4k to 32k tokens
 
+  python -m experiments.bench --kernels --static
+
+counts instead, with libtpu but no TPU, what TPU kernels do in a tile.
+
 Contenders take turns, and a ratio is the median over the turns of the ratio
 within a turn: whatever else the machine does then hits all of them alike. Times
 are forward and backward. Results go to docs/benchmarks/, one file a section,
@@ -41,7 +45,7 @@ import optax
 from rich.console import Console
 from rich.progress import track
 
-from experiments import compiled, machine
+from experiments import bench_kernels, compiled, machine
 from jaxattn import registry
 from jaxattn.analysis.table import markdown
 from jaxattn.models.lm import LM
@@ -388,6 +392,7 @@ SECTIONS = {
   'masks': mask_costs,
   'growth': growth,
 }
+KERNELS = {'flash_tpu': lambda args: bench_kernels.static()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -415,6 +420,12 @@ def parser() -> argparse.ArgumentParser:
     '--mechanism', action='append', help='of section growth; may be repeated'
   )
   flags.add_argument(
+    '--kernels', action='store_true', help='kernels alone; needs --static'
+  )
+  flags.add_argument(
+    '--static', action='store_true', help='by their schedules, nothing is run'
+  )
+  flags.add_argument(
     '--out', type=Path, default=Path('docs/benchmarks'), help='folder'
   )
   return flags
@@ -427,10 +438,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   if unknown:
     hint = registry.did_you_mean(unknown[0], SECTIONS)
     flags.error(f'no section {unknown[0]!r}.{hint}')
+  if args.kernels != args.static:
+    flags.error('--kernels and --static go together')
+  sections = KERNELS if args.kernels else SECTIONS
   compiled.keep()
   console = Console(soft_wrap=True)
-  for name in args.section or SECTIONS:
-    title, *rest = SECTIONS[name](args)
+  for name in args.section or sections:
+    title, *rest = sections[name](args)
     words = shlex.join(['python', '-m', 'experiments.bench', *sys.argv[1:]])
     versions = ', '.join(f'{k} {v}' for k, v in machine.versions().items())
     today = datetime.date.today().isoformat()

@@ -1,6 +1,6 @@
 """Which tiles a kernel visits: runs of tiles, in a table that is small.
 
-A block of queries (or, going over the other side, of keys) has six integers,
+A block of queries (or, going over the other side, of keys) has a few integers,
 made from the ranges of orders and segments: two runs of tiles that may not be
 empty, and one run of tiles that need no mask. What lies outside the two runs is
 neither computed nor fetched; a hole inside the second is computed under the
@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels import masks, tiles
 from pallas_kernels.masks import Mask, Tokens
 
-FIELDS = 6
-FIRST, COUNT, SECOND, TOTAL, CLEAR, CLEAR_END = range(FIELDS)
+FIELDS = 7
+FIRST, COUNT, JUMP, TOTAL, LAST, CLEAR, CLEAR_END = range(FIELDS)
 
 
 def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
@@ -26,9 +26,9 @@ def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
     q, k: queries and keys in a tile.
     by_query: blocks of queries have runs of keys, else the other way round.
 
-  FIRST and COUNT are the first run, SECOND is where the second begins, TOTAL
-  counts the tiles of both; tiles from CLEAR up to CLEAR_END need no mask: the
-  last run of such tiles, and in all but odd masks the longest.
+  Tile n of a row lies at FIRST + n, or at JUMP + n from COUNT on. TOTAL counts
+  the tiles, LAST is TOTAL - 1 or 0; those from CLEAR up to CLEAR_END need no
+  mask: the last run of such tiles, and in all but odd masks the longest.
   """
 
   def extent(tokens, size, axis):
@@ -53,8 +53,9 @@ def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
   total = count + jnp.maximum(end(rest) - second, 0)
   clear_end = end(full)
   clear = end(~full & (index < clear_end[..., None]))
-  runs = jnp.stack([first, count, second, total, clear, clear_end], -1)
-  return runs.reshape(-1), total.max()
+  last = jnp.maximum(total - 1, 0)
+  runs = [first, count, second - count, total, last, clear, clear_end]
+  return jnp.stack(runs, -1).reshape(-1), total.max()
 
 
 class Runs:
@@ -67,12 +68,11 @@ class Runs:
   def total(self):
     return self._field(TOTAL)
 
-  def tile(self, n):
-    """Where the n-th visited tile lies, or the nearest one that there is."""
-    n = jnp.maximum(jnp.minimum(n, self.total - 1), 0)
-    count = self._field(COUNT)
+  def tile(self, n, lag=0):
+    """Where the (n - lag)-th tile lies, or the nearest one that there is."""
+    n = jnp.minimum(jnp.maximum(n - lag, 0) if lag else n, self._field(LAST))
     return n + jnp.where(
-      n < count, self._field(FIRST), self._field(SECOND) - count
+      n < self._field(COUNT), self._field(FIRST), self._field(JUMP)
     )
 
   def needs_mask(self, tile):

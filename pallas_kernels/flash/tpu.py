@@ -137,7 +137,7 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
   q, k, v = ins['q'], ins['k'], ins['v']
   x_buffer, p_buffer, o, m, top, l, shrink = scratch  # noqa: E741
   now, before = (
-    layout.Standing(plan, ins['query'], keys, i, runs.tile(n - lag))
+    layout.Standing(plan, ins['query'], keys, i, runs.tile(n, lag))
     for lag, keys in ((0, ins['key']), (1, ins['key_before']))
   )
   side_q, side_k = plan.tile.q, plan.tile.k
@@ -248,7 +248,7 @@ def forward(rule, q, k, v, extras, query, key):
 
   def place(lag):
     def at(b, h, i, n, table):
-      return b, h, i, plan.runs(table, b, i, True).tile(n - lag)
+      return b, h, i, plan.runs(table, b, i, True).tile(n, lag)
 
     return at
 
@@ -345,7 +345,7 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
 
   def copy(at, out):
     """Of the block of dq that step `at` adds to."""
-    where = pl.ds(pl.multiple_of(runs.tile(at - 1) * side_q, side_q), side_q)
+    where = pl.ds(pl.multiple_of(runs.tile(at, 1) * side_q, side_q), side_q)
     slot = at & (RING - 1)
     far, near = outs['totals'][0].at[b, h, :, where], ring.at[slot]
     if out:
@@ -519,7 +519,7 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
 
   def place(lag):
     def at(b, head, j, g, n, table):
-      i = plan.runs(table, b, j, False).tile(n - lag)
+      i = plan.runs(table, b, j, False).tile(n, lag)
       return b, head * plan.group + g, i, j
 
     return at

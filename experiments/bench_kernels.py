@@ -1,0 +1,304 @@
+"""The static schedules of TPU kernels, ours beside jax's, with no TPU.
+
+The compiler of a TPU writes down the program that it makes: bundles of
+instructions, one a cycle, and which units each keeps busy. So how long a tile
+takes, what of it the matrix units work, and what does not fit in the registers
+and is spilled, can be counted. What cannot be seen are waits for memory.
+
+  python -m experiments.bench --kernels --static
+
+compiles every kernel of CELLS in a process of its own, for the compiler is told
+where to write when it is loaded.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+CHIPS = ('v5e', 'v5p', 'v6e')
+TILES = ((512, 512), (1024, 512), (1024, 1024))
+PART = 512  # keys of a tile that splash computes at a time
+HEADS, LENGTH, WIDTH = 8, 32768, 128
+MXU, FILL, SPILL = 0, 6, 8  # columns of the table of units
+KERNELS = {  # what they are called, and in the names of the compiler's files
+  ('ours', 'forward'): 'flash_forward',
+  ('ours', 'backward'): 'flash_backward',
+  ('splash', 'forward'): 'splash_mha_fwd_residuals',
+  ('splash', 'backward'): 'splash_mha_dkv',
+  ('flash', 'forward'): 'flash_attention',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """The steady state of a kernel: a step of its grid that computes a tile.
+
+  Attributes:
+    tile: bundles of the part with the matrix products.
+    step: tile, and what every step does besides.
+    masked: tile, where the tile needs a mask and has a program of its own.
+    busy: share of the slots for matrix work that a step fills.
+    fills, spills: in `tile`.
+    seconds: of compiling.
+  """
+
+  tile: int
+  step: int
+  masked: int | None
+  busy: float
+  fills: int
+  spills: int
+  seconds: float = 0.0
+
+
+def read(folder: Path, kernel: str) -> Schedule:
+  """The schedule that the compiler wrote of a kernel."""
+  (program,) = (
+    path
+    for path in folder.glob(f'*{kernel}*-final_bundles.txt')
+    if 'schedule-analysis' not in path.name
+  )
+  (usage,) = folder.glob(f'*{kernel}*-final_hlo-static-per-bundle-utiliz*.txt')
+  head, _, table = usage.read_text().partition('== UTILIZATION:')
+  capacity = [int(x) for x in head.split('\n')[2].split()]
+  units = [[int(x) for x in row.split()] for row in table.split('\n') if row]
+  return steady(lines(program.read_text()), units, capacity[MXU])
+
+
+def lines(program: str) -> list[str]:
+  """One for each bundle: address, marks, and instructions."""
+  _, _, text = program.partition('control target key end')
+  return [x for x in text.split('\n') if re.match(r' *(0x)?[0-9a-f]+ .*?:', x)]
+
+
+def steady(
+  bundles: Sequence[str], units: Sequence[Sequence[int]], slots: int
+) -> Schedule:
+  """What of a program is the steady state.
+
+  Branches enclose spans of bundles. Those with matrix products are tiles: of
+  several the one that fills most slots, for the others begin or end a row of
+  tiles. Of the rest a span that holds no tile begins or ends, too.
+  """
+  if len(bundles) != len(units):
+    raise ValueError(f'{len(bundles)} bundles, but units of {len(units)}')
+  begins, branches, looped = {}, [], []
+  for at, text in enumerate(bundles):
+    for region in re.findall(r'Start(?:/End empty)? region (\d+)', text):
+      begins[region] = at
+    for region in re.findall(r'sbr\.rel .*?target = \$region(\d+)', text):
+      branches.append((at, region))
+    if '>' in text.partition('{')[0]:
+      looped.append(at)
+  spans = [
+    (at, begins[region])
+    for at, region in branches
+    if begins.get(region, -1) > at
+  ]
+  own = {}
+  for at in looped:
+    around = [
+      (end - start, start, end) for start, end in spans if start < at < end
+    ]
+    own.setdefault(min(around)[1:] if around else None, []).append(at)
+  total = lambda inside, unit: sum(units[at][unit] for at in inside)
+  work = {span: total(inside, MXU) for span, inside in own.items()}
+  most = max(work.values())
+  tiles = [span for span in own if work[span] > 0.9 * most]
+  tile = min(tiles, key=lambda span: len(own[span]))
+  holds = lambda span: (
+    span is None
+    or (span != tile and tile and span[0] <= tile[0] and tile[1] <= span[1])
+  )
+  around = sum(len(inside) for span, inside in own.items() if holds(span))
+  if tile is None:
+    around = 0
+  step = len(own[tile]) + around
+  others = [len(own[span]) for span in tiles if span != tile]
+  return Schedule(
+    tile=len(own[tile]),
+    step=step,
+    masked=max(others, default=None),
+    busy=work[tile] / (slots * step),
+    fills=total(own[tile], FILL),
+    spills=total(own[tile], SPILL),
+  )
+
+
+# ------------------------------------------------------------- what is compiled
+
+
+def program(whose: str, direction: str, q: int, k: int):
+  """A function and the shapes of its arguments; causal, in bfloat16."""
+  import jax
+  import jax.numpy as jnp
+
+  shape = lambda *x: jax.ShapeDtypeStruct(x, jnp.bfloat16)
+  if whose == 'ours':
+    attend, shapes = _ours(q, k), [shape(1, LENGTH, HEADS, WIDTH)] * 3
+  elif whose == 'splash':
+    attend = _splash(q, k, direction == 'forward')
+    shapes = [shape(HEADS, LENGTH, WIDTH)] * 3
+  else:
+    attend = _flash(q, k)
+    shapes = [shape(1, HEADS, LENGTH, WIDTH)] * 3
+  if direction == 'forward':
+    return attend, shapes
+
+  def loss(*inputs):
+    out = jax.tree.leaves(attend(*inputs))[0]
+    return jnp.sum(out.astype(jnp.float32))
+
+  return jax.grad(loss, (0, 1, 2)), shapes
+
+
+def _ours(q, k):
+  from pallas_kernels.blocks import Blocks
+  from pallas_kernels.flash import tpu
+  from pallas_kernels.masks import Causal
+  from pallas_kernels.problem import problem
+
+  def attend(*inputs):
+    side = (None, None, None)
+    rule, extras, query, key = problem(
+      *inputs, mask=Causal(), query=side, key=side, blocks=Blocks(q, k)
+    )
+    return tpu.attend(rule, *inputs, extras, query, key)
+
+  return attend
+
+
+def _splash(q, k, residuals):
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  blocks = splash.BlockSizes(
+    block_q=q,
+    block_kv=k,
+    block_kv_compute=min(PART, k),
+    block_q_dkv=q,
+    block_kv_dkv=k,
+    block_kv_dkv_compute=min(PART, k),
+    use_fused_bwd_kernel=True,
+  )
+  mask = splash.CausalMask((LENGTH, LENGTH))
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([mask] * HEADS),
+    head_shards=1,
+    q_seq_shards=1,
+    block_sizes=blocks,
+    save_residuals=residuals,
+  )
+  return lambda *inputs: kernel(*inputs)
+
+
+def _flash(q, k):
+  from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+  blocks = flash.BlockSizes(block_q=q, block_k_major=k, block_k=k, block_b=1)
+
+  def attend(*inputs):
+    return flash.flash_attention(*inputs, causal=True, block_sizes=blocks)
+
+  return attend
+
+
+def compile_one(cell: Sequence[str], folder: str) -> None:
+  """In a process of its own: compiles a cell, and prints its schedule."""
+  import os
+  import time
+
+  whose, direction, chip, q, k = cell
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  flags = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
+  os.environ['LIBTPU_INIT_ARGS'] = flags
+  import jax
+
+  from pallas_kernels import chips
+
+  attend, shapes = program(whose, direction, int(q), int(k))
+  lowered = jax.jit(attend).lower(*chips.on(chip, shapes))
+  began = time.perf_counter()
+  lowered.compile()
+  seconds = time.perf_counter() - began
+  found = read(Path(folder), KERNELS[whose, direction])
+  found = dataclasses.replace(found, seconds=seconds)
+  print(json.dumps(dataclasses.asdict(found)))
+
+
+def schedule(cell: Sequence[str]) -> Schedule:
+  """Of whose kernel, which direction, chip, queries and keys in a tile."""
+  with tempfile.TemporaryDirectory() as folder:
+    command = [sys.executable, '-m', 'experiments.bench_kernels', *cell]
+    done = subprocess.run(
+      [*command, folder], capture_output=True, text=True, check=False
+    )
+  if done.returncode:
+    raise RuntimeError(f'{" ".join(cell)}:\n{done.stderr[-2000:]}')
+  return Schedule(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def static(chosen: Sequence[str] = CHIPS) -> list[str]:
+  """The page: a title, and paragraphs."""
+  from jaxattn.analysis.table import markdown
+
+  sides = [(*map(str, tile),) for tile in TILES]
+  cells = [
+    (whose, direction, chip, *tile)
+    for chip in chosen
+    for direction in ('forward', 'backward')
+    for tile in sides
+    for whose in ('ours', 'splash')
+  ] + [('flash', 'forward', chip, '128', '128') for chip in chosen]
+  found = {
+    cell: schedule(cell)
+    for cell in track(cells, 'compiling', console=Console(stderr=True))
+  }
+  rows = []
+  for cell, one in found.items():
+    whose, direction, chip, q, k = cell
+    rival = found.get(('splash', *cell[1:]))
+    rows.append(
+      [
+        *(chip, direction, f'{q} x {k}', whose),
+        *(f'{one.tile:,}', f'{one.step:,}'),
+        '-' if one.masked is None else f'{one.masked:,}',
+        f'{one.step / rival.step:.2f}' if rival else '-',
+        *(f'{one.busy:.0%}', str(one.fills), str(one.spills)),
+        f'{one.seconds:.0f}',
+      ]
+    )
+  head = [
+    *('chip', 'direction', 'queries x keys', 'whose'),
+    *('bundles, tile', 'step', 'tile masked', 'step over splash'),
+    *('MXU slots', 'fills', 'spills', 'seconds to compile'),
+  ]
+  libtpu = importlib.metadata.version('libtpu')
+  return [
+    '# Static schedules of attention on TPUs',
+    f'Causal, {HEADS} heads of width {WIDTH}, {LENGTH:,} tokens, bfloat16, '
+    f'compiled by libtpu {libtpu}; nothing is run.',
+    'A tile is the part of a grid step that computes one; a step is that and '
+    'what every step does besides, such as starting copies. Ours computes '
+    'tiles that lie wholly under the diagonal without a mask, and the others '
+    'by a program of their own ("masked"); splash masks all. Splash saves '
+    f'residuals forward, computes {PART} keys at a time, and its backward is '
+    "the fused one; `flash` is jax's, with its default blocks. MXU slots are "
+    'those that a step fills: no more of the peak can be reached. A bundle '
+    'takes a cycle or, where it waits for the matrix units or for memory, '
+    'more. Seconds to compile include writing the schedules down.',
+    markdown(head, rows),
+  ]
+
+
+if __name__ == '__main__':
+  *asked, where = sys.argv[1:]
+  compile_one(asked, where)

@@ -1,0 +1,44 @@
+"""Reading the compiler's programs, on one that is written here."""
+
+import pytest
+
+from experiments import bench_kernels
+
+# A loop whose step does two things, computes a tile in either of two ways, and
+# at the end of a row something more.
+PROGRAM = """= control target key start
+LH: loop header
+= control target key end
+
+     0   :  { %s1 = smov 0 } /* Start region 1 */
+   0x1 LB: > { %s2 = sadd.s32 1, %s1 }
+   0x2   : > { sbr.rel (%p1) target = $region10 }
+   0x3   : > { %1 = vmatmul.f32.gmra.mxu0 %v1 } /* Start region 9 */
+   0x4   : > { %2 = vmatmul.f32.gmra.mxu0 %v2 } /* End region 9 */
+   0x5 PF: > { sbr.rel (%p2) target = $region11 } /* Start region 10 */
+   0x6   : > { %3 = vmatmul.f32.gmra.mxu0 %v3 }
+   0x7   : > { vst [vmem:[#allocation9_spill]] %v3 }
+   0x8   : > { %4 = vmatmul.f32.gmra.mxu0 %v4 }
+   0x9 PF: > { sbr.rel (%p3) target = $region12 } /* Start region 11 */
+   0xa   : > { %5 = vrcp.f32 %v5 }
+   0xb PF: > { sbr.rel (%p4) target = $region1 } /* Start region 12 */
+   0xc   :  { vsyncpa [#allocation3], 1 }
+"""
+WORK = {3: 2, 4: 2, 6: 2, 8: 2}
+
+
+def test_steady():
+  bundles = bench_kernels.lines(PROGRAM)
+  units = [[0] * 10 for _ in bundles]
+  for at, slots in WORK.items():
+    units[at][bench_kernels.MXU] = slots
+  units[7][bench_kernels.SPILL] = 1
+  found = bench_kernels.steady(bundles, units, slots=2)
+  assert found == bench_kernels.Schedule(
+    tile=2, step=7, masked=3, busy=4 / 14, fills=0, spills=0
+  )
+
+
+def test_steady_checks_that_both_files_are_of_one_program():
+  with pytest.raises(ValueError, match='13 bundles, but units of 1'):
+    bench_kernels.steady(bench_kernels.lines(PROGRAM), [[0]], 2)
