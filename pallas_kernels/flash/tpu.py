@@ -74,6 +74,9 @@ def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
     return f'it is for bfloat16 and float32, not {q.dtype}'
   if max(d, e) > 256:
     return f'heads are at most 256 wide, not {max(d, e)}'
+  numbers = len(layout.kinds(floats(extras))['queries'])
+  if numbers > layout.MORE:
+    return f'queries have at most {layout.MORE} numbers, not {numbers}'
   for fn, own in zip(
     (*rule.scores, *rule.weights), (*extras.scores, *extras.weights)
   ):
@@ -228,7 +231,6 @@ def forward(rule, q, k, v, extras, query, key):
   plan = layout.make(rule, q, k, v, extras, query, key, 'forward')
   sides = plan.tile
   table, width = plan.table(rule, query, key, True)
-  scale = rule.scale * plan.unit
   laid = Extras(
     tuple(layout.lay_operands(plan, one) for one in extras.scores),
     tuple(layout.lay_operands(plan, one) for one in extras.weights),
@@ -236,7 +238,9 @@ def forward(rule, q, k, v, extras, query, key):
   )
   keys = layout.lay_tokens(plan, key, plan.long_k)
   ins = {
-    'q': layout.rows_first((q * scale).astype(q.dtype), plan.long_q),
+    'q': layout.rows_first(
+      layout.scaled(q, rule.scale * plan.unit), plan.long_q
+    ),
     'k': layout.rows_first(k, plan.long_k),
     'v': layout.rows_last(v, plan.long_k),
     'query': layout.lay_tokens(plan, query, plan.long_q),
@@ -360,7 +364,7 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
       ins['k_turned'][...], x_buffer[:, columns], NN
     )
     if own['queries'] is not None:
-      more = pl.ds(layout.aligned(plan.d), 8)
+      more = pl.ds(layout.aligned(plan.d), layout.MORE)
       ring[slot, more, columns] += own['queries'][:, columns]
 
   def add_keys(rows, columns):
@@ -495,13 +499,14 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
     1 / jnp.where(unseen, 1, l),
     delta,
   ]
-  scale = rule.scale * plan.unit
   laid = Extras(
     tuple(layout.lay_operands(plan, one) for one in extras.scores),
     tuple(layout.lay_operands(plan, one) for one in extras.weights),
     layout.lay_bias(plan, extras.bias),
   )
-  q_laid = layout.rows_first((q * scale).astype(q.dtype), plan.long_q)
+  q_laid = layout.rows_first(
+    layout.scaled(q, rule.scale * plan.unit), plan.long_q
+  )
   do_laid = layout.rows_first(do.astype(q.dtype), plan.long_q)
   ins = {
     'q': q_laid,
@@ -564,14 +569,16 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
   like = floats(extras)
   kinds = layout.kinds(like)
   like_heads = [(x.shape, math.prod(x.shape[1:])) for x in kinds['heads']]
-  more = 8 if kinds['queries'] else 0
+  more = layout.MORE if kinds['queries'] else 0
   rows_dq = layout.aligned(plan.d) + more if more else plan.d
   b, h, f32 = plan.b, plan.h, jnp.float32
+  # Made from an input: under shard_map it varies as the result does.
+  zero = jnp.sum(q[..., :0]).astype(f32)
   totals = (
-    jnp.zeros((b, h, rows_dq, plan.long_q), f32),
+    jnp.full((b, h, rows_dq, plan.long_q), zero),
     None
     if laid.bias is None
-    else jnp.zeros((b, h, plan.long_k, plan.long_q), f32),
+    else jnp.full((b, h, plan.long_k, plan.long_q), zero),
   )
   anywhere = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), totals)
   buffer = lambda *shape, dtype=f32: pltpu.VMEM(shape, dtype)
@@ -609,7 +616,7 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
           {
             'heads': [buffer(1, n) for _, n in like_heads],
             'keys': [buffer(sides.k, 1) for _ in kinds['keys']],
-            'queries': buffer(8, sides.q) if more else None,
+            'queries': buffer(more, sides.q) if more else None,
           },
         ]
       ],
@@ -628,7 +635,9 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
       1 + at: 2 + len(kinds['heads']) + len(kinds['keys']) + at
       for at in range(len(jax.tree.leaves(totals)))
     },
-    compiler_params=layout.params(('parallel', *['arbitrary'] * 4)),
+    compiler_params=layout.params(
+      ('parallel', 'parallel', 'arbitrary', 'arbitrary', 'arbitrary')
+    ),
     cost_estimate=layout.cost(plan, rule, 5),
     name='flash_backward',
   )(table, totals, ins)

@@ -28,6 +28,7 @@ from pallas_kernels.problem import (
 )
 
 VMEM = 64 * 2**20  # bytes that a kernel may use, where a chip has as many
+MORE = 8  # rows below those of dq, for gradients of numbers of queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,10 @@ class Plan:
 def make(rule: Rule, q, k, v, extras, query, key, direction) -> Plan:
   b, t, h, d = q.shape
   _, s, heads, e = v.shape
-  sides = tile(rule.blocks, direction, t, s, max(d, e) * q.dtype.itemsize)
+  row = max(d, e) * q.dtype.itemsize
+  # A tile of the bias, and of its gradient, takes room as wide rows do.
+  row = row if extras.bias is None else max(row, 512)
+  sides = tile(rule.blocks, direction, t, s, row)
   ragged = s % sides.k > 0
   segments = query.segments is not None
   tags = tuple(sorted(query.side.tags or {}))
@@ -151,6 +155,11 @@ def _padded(x, axis, size):
   fill = [(0, 0)] * x.ndim
   fill[axis] = (0, size - x.shape[axis])
   return jnp.pad(x, fill)
+
+
+def scaled(x, factor):
+  """In the type of x, with but one rounding: of the product."""
+  return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rows_first(x, length):
@@ -195,8 +204,7 @@ def lay_bias(plan, bias):
   """'b h s t', padded."""
   if bias is None:
     return None
-  bias = _padded(_padded(bias.mT, 3, plan.long_q), 2, plan.long_k)
-  return bias
+  return _padded(_padded(bias.mT, 3, plan.long_q), 2, plan.long_k)
 
 
 def pick(x, *index):
