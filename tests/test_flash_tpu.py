@@ -8,6 +8,10 @@ compile.
 """
 
 import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -315,6 +319,48 @@ def test_interpreter_notices_a_missing_wait(monkeypatch, capfd):
   assert wrong or 'RACE DETECTED' in capfd.readouterr().out
 
 
+def on_a_mesh():
+  """In a process with two devices: gradients, each device with its rows."""
+  mesh = jax.make_mesh((2,), ('data',))
+  rows = jax.NamedSharding(mesh, jax.P('data'))
+  arrays = [jnp.asarray(x, jnp.float32) for x in draw(2, 128, 128, 1)[:3]]
+  arrays = [jax.device_put(x, rows) for x in arrays]
+
+  def gradient(attend):
+    o = jax.shard_map(
+      lambda q, k, v: ask(attend, q, k, v, {}, mask=Causal())[0],
+      mesh=mesh,
+      in_specs=jax.P('data'),
+      out_specs=jax.P('data'),
+    )
+    loss = lambda *arrays: jnp.sum(jnp.sin(o(*arrays)))
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+
+  fast = interpreted(lambda: gradient(tpu.attend))
+  for x, y in zip(fast, gradient(plain.attend)):
+    np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_on_a_mesh():
+  """Under shard_map with its checks on, and nothing communicated."""
+  call = 'from tests import test_flash_tpu; test_flash_tpu.on_a_mesh()'
+  flags = '--xla_force_host_platform_device_count=2'
+  ran = subprocess.run(
+    [sys.executable, '-c', call],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert ran.returncode == 0, ran.stderr
+  assert 'RACE DETECTED' not in ran.stdout
+
+
+def _all_of(x, query, key, *numbers):
+  return x + sum(numbers)
+
+
 def test_refuses():
   q, k, v, *_ = (jnp.asarray(x, jnp.float32) for x in draw())
 
@@ -335,6 +381,8 @@ def test_refuses():
   wide = (jnp.zeros((*x.shape[:3], 300)) for x in (q, k))
   assert '300' in reason(*wide)
   assert 'nothing' in reason(q=q[:, :0])
+  many = Score(_all_of, queries=(jnp.zeros((1, 200, 1)),) * 9)
+  assert 'at most 8 numbers, not 9' in reason(score=many)
 
 
 @pytest.mark.parametrize('name', ['causal', 'packed', 'forget', 'bias'])
