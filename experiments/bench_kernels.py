@@ -28,7 +28,7 @@ CHIPS = ('v5e', 'v5p', 'v6e')
 TILES = ((512, 512), (1024, 512), (1024, 1024))
 PART = 512  # keys of a tile that splash computes at a time
 HEADS, LENGTH, WIDTH = 8, 32768, 128
-MXU, FILL, SPILL = 0, 6, 8  # columns of the table of units
+MXU, VALU, FILL, SPILL = 0, 2, 6, 8  # columns of the table of units
 KERNELS = {  # what they are called, and in the names of the compiler's files
   ('ours', 'forward'): 'flash_forward',
   ('ours', 'backward'): 'flash_backward',
@@ -86,8 +86,8 @@ def steady(
   """What of a program is the steady state.
 
   Branches enclose spans of bundles. Those with matrix products are tiles: of
-  several the one that fills most slots, for the others begin or end a row of
-  tiles. Of the rest a span that holds no tile begins or ends, too.
+  several those that fill most slots, for the others begin or end a row of
+  tiles; one may be masked. Of the rest a span that holds no tile begins or ends, too.
   """
   if len(bundles) != len(units):
     raise ValueError(f'{len(bundles)} bundles, but units of {len(units)}')
@@ -114,7 +114,8 @@ def steady(
   work = {span: total(inside, MXU) for span, inside in own.items()}
   most = max(work.values())
   tiles = [span for span in own if work[span] > 0.9 * most]
-  tile = min(tiles, key=lambda span: len(own[span]))
+  cost = lambda span: (total(own[span], VALU), len(own[span]))
+  tile = min(tiles, key=cost)  # a mask is arithmetic
   holds = lambda span: (
     span is None
     or (span != tile and tile and span[0] <= tile[0] and tile[1] <= span[1])
