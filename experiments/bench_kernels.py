@@ -87,7 +87,8 @@ def steady(
 
   Branches enclose spans of bundles. Those with matrix products are tiles: of
   several those that fill most slots, for the others begin or end a row of
-  tiles; one may be masked. Of the rest a span that holds no tile begins or ends, too.
+  tiles; and of these the one without a mask. Of the rest a span that holds no
+  tile begins or ends a row, too.
   """
   if len(bundles) != len(units):
     raise ValueError(f'{len(bundles)} bundles, but units of {len(units)}')
