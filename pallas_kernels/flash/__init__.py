@@ -4,6 +4,7 @@ One set of semantics for every implementation:
 
   plain   JAX differentiates it: forward mode, any order of derivative
   xla     the same tiles with a gradient written by hand
+  tpu     kernels for TPUs, in which stages of different tiles overlap
 
   o = flash.attention(q, k, v, mask=masks.Causal())
 
@@ -19,7 +20,7 @@ from jax.typing import ArrayLike
 from pallas_kernels import dispatch
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.flash import plain, xla
+from pallas_kernels.flash import plain, tpu, xla
 from pallas_kernels.flash.partial import Partial, finish, merge, sink
 from pallas_kernels.masks import Everything, Mask
 from pallas_kernels.problem import problem
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 EVERYTHING = Everything()
-BACKENDS = {'plain': plain.attend, 'xla': xla.attend}
+BACKENDS = {'plain': plain.attend, 'xla': xla.attend, 'tpu': tpu.attend}
 
 
 def attention(
@@ -90,7 +91,7 @@ def attention(
     scale: a Python number that multiplies q . k; by default 1 / sqrt(d).
     softcap: if given, scores become softcap tanh(score / softcap).
     dropout: of the weights, after the softmax.
-    implementation: 'plain' or 'xla'; None chooses.
+    implementation: 'plain', 'xla' or 'tpu'; None chooses by the platform.
     blocks: sides of the tiles; by default chosen from the lengths.
     return_partial: return a Partial, to be merged with attention to other keys
       and finished.
@@ -121,9 +122,13 @@ def attention(
   )
   name = dispatch.choose(
     'attention',
-    {name: lambda: None for name in BACKENDS},
+    {
+      'plain': lambda: None,
+      'xla': lambda: None,
+      'tpu': lambda: tpu.refuses(rule, q, k, v, extras, query),
+    },
     implementation,
-    ('xla',),
+    ('tpu', 'xla') if jax.default_backend() == 'tpu' else ('xla',),
   )
   o, m, total = BACKENDS[name](rule, q, k, v, extras, query, key)
   if sinks is None and not return_partial:
