@@ -25,7 +25,7 @@ class Dropout:
 
   Attributes:
     rate: the share that is dropped, in [0, 1): a Python number.
-    seed: an integer, or an array of one.
+    seed: an integer, or an array of one; of a key `jax.random.bits(key)`.
     batch: integers 'b' that number the rows, 0, 1, ... by default: to be given
       where a call holds some rows of a larger batch only.
     heads: likewise integers 'h' of the heads.
@@ -48,7 +48,7 @@ class Dropout:
     head = _numbers('heads', self.heads, heads)
     order = query.side.order[..., None]
     segment = 1 if query.segments is None else query.segments[..., None]
-    seed = jnp.asarray(self.seed, jnp.uint32).reshape(1, 1, 1)
+    seed = _seed(self.seed).reshape(1, 1, 1)
     of_query = functools.reduce(_then, (row, head, segment, order), _mix(seed))
     of_key = _mix(key.side.order[..., None].astype(jnp.uint32) + _GOLDEN)
     return Score(Keep(self.rate), queries=(of_query,), keys=(of_key,))
@@ -64,6 +64,18 @@ class Keep:
     bits = _mix(of_query ^ of_key) >> 8  # 24 bits: comparable as signed, too
     kept = bits.astype(jnp.int32) >= round(self.rate * 2**24)
     return jnp.where(kept, p / (1 - self.rate), 0)
+
+
+def _seed(seed):
+  if isinstance(seed, int):
+    return jnp.uint32(seed % 2**32)
+  seed = jnp.asarray(seed)
+  if not jnp.issubdtype(seed.dtype, jnp.integer) or seed.size != 1:
+    raise ValueError(
+      f'dropout: the seed is one integer, not {seed.dtype}{list(seed.shape)};'
+      ' of a key it is jax.random.bits(key)'
+    )
+  return seed.astype(jnp.uint32)
 
 
 _GOLDEN = np.uint32(0x9E3779B9)

@@ -205,6 +205,10 @@ class BlockCausal(Mask):
 
   size: int
 
+  def __post_init__(self):
+    if self.size < 1:
+      raise ValueError(f'BlockCausal: size={self.size} must be at least 1')
+
   def __call__(self, query, key):
     return key.order // self.size <= query.order // self.size
 
@@ -222,14 +226,23 @@ class Prefix(Mask):
   tag: str = 'prefix'
 
   def __call__(self, query, key):
+    if self.tag not in (key.tags or {}):
+      raise ValueError(
+        f'Prefix reads the tag {self.tag!r} of keys, of which there are'
+        f' {sorted(key.tags or {})}: give key_tags'
+      )
     tagged = key.tags[self.tag] != 0
     shape = jnp.broadcast_shapes(query.order.shape, key.order.shape)
     return jnp.broadcast_to(tagged, shape)
 
   def empty(self, query, key):
+    if self.tag not in (key.tags_min or {}):
+      return np.False_  # where pairs are tested, it says what is missing
     return (key.tags_min[self.tag] == 0) & (key.tags_max[self.tag] == 0)
 
   def full(self, query, key):
+    if self.tag not in (key.tags_min or {}):
+      return np.False_
     return (key.tags_min[self.tag] > 0) | (key.tags_max[self.tag] < 0)
 
 

@@ -77,14 +77,16 @@ class Rule:
 
   def scored(self, x, query: Side, key: Side, extras: Extras):
     """Scores `b h t s` modified; sides `b 1 t 1`, `b 1 1 s`."""
+    dtype = x.dtype
     for fn, own in zip(self.scores, extras.scores):
-      x = fn(x, query, key, *own.heads, *own.queries, *own.keys)
+      x = fn(x, query, key, *own.heads, *own.queries, *own.keys).astype(dtype)
     return x if extras.bias is None else x + extras.bias.astype(x.dtype)
 
   def weighed(self, p, query: Side, key: Side, extras: Extras):
     """Weights `b h t s` of the numerator, likewise."""
+    dtype = p.dtype
     for fn, own in zip(self.weights, extras.weights):
-      p = fn(p, query, key, *own.heads, *own.queries, *own.keys)
+      p = fn(p, query, key, *own.heads, *own.queries, *own.keys).astype(dtype)
     return p
 
 
@@ -114,8 +116,23 @@ def problem(
     wide: the result is in float32 or wider, whatever q is.
 
   Raises:
+    TypeError: an argument is of another kind than it has to be.
     ValueError: shapes that do not fit each other.
   """
+  for name, given, kind in (
+    ('mask', mask, Mask),
+    ('score', score, Score),
+    ('factor', factor, Score),
+    ('dropout', dropout, Dropout),
+    ('blocks', blocks, Blocks),
+  ):
+    if not isinstance(given, kind) and (given is not None or name == 'mask'):
+      raise TypeError(f'{name} must be a {kind.__name__}, not {given!r}')
+  _check_static('mask', mask)
+  for name, x in (('q', q), ('k', k), ('v', v), ('bias', bias)):
+    if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+      hint = ': who sees whom is for a mask to say' if name == 'bias' else ''
+      raise TypeError(f'{name} must be of a float type, not {x.dtype}{hint}')
   if not (
     q.ndim == k.ndim == v.ndim == 4
     and q.shape[0] == k.shape[0]
@@ -166,7 +183,36 @@ def problem(
   return rule, extras, query, key
 
 
+def _check_static(what, fn):
+  """What is static is compared by its fields, and so must have no others."""
+  try:
+    hash(fn)
+  except TypeError as error:
+    raise TypeError(
+      f'the {what} {fn!r} must be hashable: let its fields be Python scalars'
+    ) from error
+  if dataclasses.is_dataclass(fn):
+    fields = {field.name for field in dataclasses.fields(fn)}
+    if others := sorted(set(vars(fn)) - fields):
+      raise TypeError(
+        f'the {what} {type(fn).__name__} has {", ".join(others)} besides its'
+        ' fields, so two of them would count as equal: make it a frozen'
+        ' dataclass with them as fields'
+      )
+    for name in fields:
+      if isinstance(getattr(fn, name), Mask):
+        _check_static(what, getattr(fn, name))
+
+
 def _check_operands(score, b, t, s, h):
+  _check_static('score', score.fn)
+  if not all(
+    isinstance(group, tuple)
+    for group in (score.operands, score.queries, score.keys)
+  ):
+    raise TypeError(
+      'operands, queries and keys of a Score are tuples of arrays'
+    )
   for operand in score.operands:
     if operand.shape[:1] != (h,):
       raise ValueError(
@@ -189,6 +235,17 @@ def _tokens(name, x, order, segments, tags):
   b, t = x.shape[:2]
 
   def per_token(what, values):
+    if not isinstance(values, jax.Array):
+      values = np.asarray(values)
+      bound = np.iinfo(np.int32)
+      if values.size and not (
+        bound.min <= values.min() and values.max() <= bound.max
+      ):
+        raise ValueError(f'{name} {what} must fit into 32 bits')
+    if not (
+      jnp.issubdtype(values.dtype, jnp.integer) or values.dtype == jnp.bool_
+    ):
+      raise TypeError(f'{name} {what} must be integers, not {values.dtype}')
     values = jnp.atleast_2d(jnp.asarray(values, jnp.int32))
     if values.shape not in ((b, t), (1, t)):
       raise ValueError(

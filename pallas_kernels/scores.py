@@ -27,7 +27,9 @@ class Score:
   Attributes:
     fn: (x, query, key, *operands, *queries, *keys) -> x, for scores x `b h t s`
       and two `Side`s whose arrays are `b 1 t 1` and `b 1 1 s`. Hashable, so a
-      function of a module or a frozen dataclass, and differentiable by JAX.
+      function of a module or a frozen dataclass, and differentiable by JAX. A
+      kernel may hand it tiles whose last two axes are exchanged, x and sides
+      alike: let it be elementwise in them.
     operands: arrays that lead with the heads, `h ...`; fn gets them as they
       are.
     queries: numbers of each query, `b t h` or `b t 1`; fn gets them as
@@ -43,7 +45,13 @@ class Score:
 
 def distance(query: Side, key: Side) -> jax.Array:
   """How far the key lies behind the query, in positions; negative if ahead."""
-  place = lambda side: (side.tags or {}).get(POSITION, side.order)
+  tagged = [POSITION in (side.tags or {}) for side in (query, key)]
+  if any(tagged) and not all(tagged):
+    raise ValueError(
+      f'queries and keys both have the tag {POSITION!r}, or neither: orders and'
+      ' positions have no distance'
+    )
+  place = lambda side: side.tags[POSITION] if all(tagged) else side.order
   return place(query) - place(key)
 
 
@@ -52,6 +60,12 @@ class SoftCap:
   """cap tanh(x / cap): scores stay within the cap (Gemma 2)."""
 
   cap: float
+
+  def __post_init__(self):
+    if not self.cap > 0:
+      raise ValueError(
+        f'softcap={self.cap} must be above 0; None is for no cap'
+      )
 
   def __call__(self, x, query, key):
     return self.cap * jnp.tanh(x / self.cap)
@@ -91,6 +105,12 @@ class Buckets:
   causal: bool
 
   def __call__(self, x, query, key, table):
+    single = table.shape[1] // (2 if self.causal else 4)
+    if not 0 < single < self.furthest:
+      raise ValueError(
+        f'of {table.shape[1]} buckets {single} are single distances: that must'
+        f' be at least 1 and below furthest={self.furthest}'
+      )
     number = bucket(
       distance(query, key), table.shape[1], self.furthest, self.causal
     )

@@ -92,11 +92,14 @@ def as_tile(extras: Extras) -> Extras:
   )
 
 
-def split(x, block, k=None):
-  """`b t h ...` to `n b k r ...`: n blocks of rows r = (g c), for h = (k g)."""
+def split(x, block, k=None, mode='constant'):
+  """`b t h ...` to `n b k r ...`: n blocks of rows r = (g c), for h = (k g).
+
+  The last block is filled up with zeros, or as the mode of `jnp.pad` says.
+  """
   b, t, h, *rest = x.shape
   n, g = math.ceil(t / block), h // (k or h)
-  x = jnp.pad(x, [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2))
+  x = jnp.pad(x, [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2), mode)
   # One axis at a time: so batch and heads may be sharded in Explicit mode.
   x = x.reshape(b, n, block, h, *rest).reshape(b, n, block, h // g, g, *rest)
   return jnp.moveaxis(x, (1, 2), (0, 4)).reshape(n, b, h // g, g * block, *rest)
@@ -144,10 +147,11 @@ def lay(rule: Rule, extras: Extras) -> Extras:
   blocks = rule.blocks
 
   def per_token(own):
+    # Filled up with what occurs: a score may divide by it.
     return Operands(
       own.heads,
-      tuple(split(x, blocks.q) for x in own.queries),
-      tuple(split(x, blocks.k) for x in own.keys),
+      tuple(split(x, blocks.q, mode='edge') for x in own.queries),
+      tuple(split(x, blocks.k, mode='edge') for x in own.keys),
     )
 
   bias = extras.bias

@@ -3,8 +3,9 @@
   python -m tests.flash_matrix
 
 runs every cell and writes docs/flash.md; tests/test_flash_matrix.py runs them
-again and holds the page to what it saw. A cell that runs is compared with the
-formula, for values and for gradients of all arrays.
+again and holds the page to what it saw. A cell that runs is compared with
+`plain` in float64, for values and for gradients of all arrays; that `plain` is
+right is for tests/test_flash.py and tests/test_flash_features.py to say.
 """
 
 import contextlib
@@ -336,7 +337,7 @@ def page(rows) -> str:
   return (
     '# What attention can do, and where\n\n'
     'Written by `python -m tests.flash_matrix`, which ran every cell and '
-    'compared it with the formula, for values and gradients; '
+    'compared it with `plain` in float64, for values and gradients; '
     '`tests/test_flash_matrix.py` does so again. Kernels were interpreted.\n\n'
     f'{table}\n\n{reasons}\n\n## Implementations\n\n```\n{about}\n```\n'
   )

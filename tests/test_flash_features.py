@@ -4,6 +4,7 @@ Every implementation is compared with one formula in float64 that makes t x s
 arrays, for values and for the gradients of every array that is given.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import dispatch, dropout, flash, tiles
+from jaxattn.core import sigmoid
+from pallas_kernels import dispatch, dropout, flash, problem, tiles
 from pallas_kernels.flash import Blocks, Dropout, Score, partial, plain, xla
-from pallas_kernels.masks import Causal, Window
+from pallas_kernels.masks import Causal, Mask, Prefix, Window
 from pallas_kernels.scores import (
   POSITION,
   Difference,
   Relative,
   RelativeFactor,
+  Slopes,
 )
 
 B, T, S, H, K, D, E = 4, 29, 41, 8, 2, 8, 6
@@ -209,11 +212,6 @@ def test_dropout_is_a_constant_factor(form):
     np.testing.assert_allclose(fast[name], x, atol=3e-5)
 
 
-def gradient_of_scores_by_p(rule, queries, keys, masked, extras):
-  """A tile's gradient that takes weights for what the softmax made."""
-  return TILE_GRADIENT(rule, queries, keys, masked, extras._replace(weights=()))
-
-
 def last_bias(rule, laid, i, j):
   return CUT(rule, laid, i, 0 * j)
 
@@ -222,11 +220,11 @@ def deaf_sink(sinks, like):
   return SINK(jax.lax.stop_gradient(sinks), like)
 
 
-TILE_GRADIENT, CUT, SINK = xla._tile_gradient, tiles.cut, partial.sink
+CUT, SINK = tiles.cut, partial.sink
 MUTANTS = {
   'bias of another block': ('bias', tiles, 'cut', last_bias),
   'sinks without gradient': ('sinks', flash, 'sink', deaf_sink),
-  'rows added twice': (
+  'gradients of keys in another block': (
     'numbers of queries and keys',
     tiles,
     'paste',
@@ -247,19 +245,66 @@ def test_mutants_are_rejected(name, monkeypatch):
     jax.clear_caches()
 
 
-def test_a_gradient_without_the_factor_is_rejected(monkeypatch):
-  whole = xla._tile_gradient
+def test_a_factor_without_gradient_is_rejected(monkeypatch):
+  weighed = problem.Rule.weighed
 
-  def mutant(rule, *args):
-    *gradients, extras = whole(rule, *args)
-    return gradients[0], gradients[1], 0.9 * gradients[2], extras
+  def mutant(self, p, query, key, extras):
+    return weighed(self, p, query, key, jax.lax.stop_gradient(extras))
 
-  monkeypatch.setattr(xla, '_tile_gradient', mutant)
+  monkeypatch.setattr(problem.Rule, 'weighed', mutant)
   jax.clear_caches()
   try:
     assert compare(CASES['factors of the numerator'], 'xla')
   finally:
     jax.clear_caches()
+
+
+# Padding of the last blocks.
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+  """x / a, which is no number where a is 0."""
+
+  def __call__(self, x, query, key, of_query, of_key):
+    return x / (of_query * of_key)
+
+
+PADDED = {  # t leaves a rest, s leaves one, both do
+  'queries': (13, 16),
+  'keys': (16, 13),
+  'both': (13, 13),
+}
+
+
+@pytest.mark.parametrize('form', [*FORMS, 'sigmoid'])
+@pytest.mark.parametrize('lengths', PADDED)
+def test_nothing_leaks_from_the_rest_of_a_block(lengths, form):
+  """Not even where scores overflow there, or divide by what there is."""
+  t, s = PADDED[lengths]
+  rng = np.random.default_rng(0)
+  q, k, v = (
+    jnp.asarray(rng.normal(size=(1, n, 1, 4)), jnp.float32) for n in (t, s, s)
+  )
+  high = jnp.full((1, t, 1), 300.0), jnp.full((1, s, 1), 100.0)
+  mild = jnp.full((1, t, 1), 2.0), jnp.full((1, s, 1), 0.5)
+  if form == 'sigmoid':
+    attend = sigmoid.attention
+  else:
+    attend = functools.partial(flash.attention, implementation=form)
+
+  def gradients(fn, operands, blocks):
+    def loss(q, k, v, a, b):
+      o = attend(q, k, v, score=Score(fn, (), (a,), (b,)), blocks=blocks)
+      return jnp.sum(jnp.sin(o))
+
+    return jax.grad(loss, range(5))(q, k, v, *operands)
+
+  for fn, operands in ((Difference(), high), (Temperature(), mild)):
+    got = gradients(fn, operands, Blocks(8, 8))
+    want = gradients(fn, operands, Blocks(16, 16))
+    for one, other in zip(got, want):
+      np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 # Dropout.
@@ -484,12 +529,70 @@ def test_partials_with_a_sink_in_one_of_them():
       {'dropout': Dropout(0.1, 0, heads=np.arange(3))},
       'dropout: heads must have',
     ),
+    ({'dropout': Dropout(0.1, 0.5)}, 'seed is one integer'),
+    ({'dropout': Dropout(0.1, jax.random.key(0))}, r'jax.random.bits\(key\)'),
+    ({'softcap': 0.0}, 'None is for no cap'),
+    ({'mask': Prefix()}, 'give key_tags'),
+    ({'query_order': 2**40 + np.arange(T)}, 'query order must fit'),
+    (
+      {
+        'score': Score(Slopes(), (np.ones(H),)),
+        'query_tags': {POSITION: np.arange(T)},
+      },
+      "both have the tag 'position'",
+    ),
   ],
 )
 def test_what_does_not_fit_is_refused(given, message):
   drawn = draw()
   with pytest.raises(ValueError, match=message):
     flash.attention(drawn['q'], drawn['k'], drawn['v'], **given)
+
+
+class Last(Mask):
+  """Wrong: n is no field, so all of them are equal."""
+
+  def __init__(self, n):
+    self.n = n
+
+
+@dataclasses.dataclass(frozen=True)
+class Among(Mask):
+  keys: list
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    ({'mask': None}, 'mask must be a Mask'),
+    ({'mask': Causal}, 'mask must be a Mask'),
+    ({'mask': Last(3)}, 'Last has n besides its fields'),
+    ({'mask': Causal() & Last(3)}, 'Last has n besides its fields'),
+    ({'mask': Among([1])}, 'must be hashable'),
+    ({'blocks': (8, 8)}, 'blocks must be a Blocks'),
+    ({'dropout': 0.1}, 'dropout must be a Dropout'),
+    ({'score': lambda x, *_: x}, 'score must be a Score'),
+    ({'score': Score(Relative(), [np.ones((H, 3))])}, 'are tuples'),
+    ({'bias': np.ones((1, 1, T, S), bool)}, 'for a mask to say'),
+    ({'query_order': np.arange(T) / 2}, 'query order must be integers'),
+    ({'key_segments': np.ones(S)}, 'key segments must be integers'),
+  ],
+)
+def test_what_is_of_another_kind_is_refused(given, message):
+  drawn = draw()
+  with pytest.raises(TypeError, match=message):
+    flash.attention(drawn['q'], drawn['k'], drawn['v'], **given)
+  with pytest.raises(TypeError, match='q must be of a float type'):
+    flash.attention(drawn['q'].astype(int), drawn['k'], drawn['v'])
+
+
+def test_a_sink_of_minus_infinity_is_none():
+  drawn = draw()
+  attend = lambda sinks: flash.attention(
+    drawn['q'], drawn['k'], drawn['v'], mask=MASK, **PLACE, sinks=sinks
+  )
+  none = jnp.full(H, -jnp.inf)
+  np.testing.assert_allclose(attend(none), attend(None), atol=1e-6)
 
 
 def test_dispatch(caplog):

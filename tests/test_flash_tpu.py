@@ -283,6 +283,24 @@ def test_dropout_is_that_of_plain():
   )
 
 
+def test_nothing_leaks_from_the_rest_of_a_block():
+  """Padded queries would have scores of 300, whose exp is no number."""
+  q, k, v, w, _ = (jnp.asarray(x, jnp.float32) for x in draw(t=130))
+  high = jnp.full((1, 130, 1), 300.0), jnp.full((1, 256, 1), 100.0)
+
+  def gradients(attend):
+    def loss(q, k, v, a, b):
+      score = Score(Difference(), (), (a,), (b,))
+      o, _, _ = ask(attend, q, k, v, {}, mask=Everything(), score=score)
+      return jnp.sum(o * w)
+
+    return jax.jit(jax.grad(loss, range(5)))(q, k, v, *high)
+
+  fast = interpreted(lambda: gradients(tpu.attend))
+  for x, y in zip(fast, gradients(plain.attend)):
+    np.testing.assert_allclose(x, y, atol=1e-4)
+
+
 def test_bfloat16():
   """Scores and sums are in float32, whatever the inputs are."""
   arrays, given, numbers = CASES['causal']

@@ -64,6 +64,7 @@ def attention(
     `b t h e` in the dtype of q; 0 for a query that sees no key.
 
   Raises:
+    TypeError: an argument is of another kind than it has to be.
     ValueError: shapes that do not fit each other, or a block below 1.
   """
   rule, extras, query, key = problem(

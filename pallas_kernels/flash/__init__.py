@@ -101,7 +101,13 @@ def attention(
     query that sees no key has o = 0, lse = -inf (the sink's score, if there is
     one) and no gradient.
 
+  Differentiate it in reverse mode. Forward mode and second derivatives of any
+  kind are what `implementation='plain'` is for ('xla' has forward over
+  reverse). A score reaches traced arrays through its operands, never by closing
+  over them.
+
   Raises:
+    TypeError: an argument is of another kind than it has to be.
     ValueError: shapes that do not fit each other.
     NotImplementedError: the implementation asked for cannot serve this call;
       the message says why.

@@ -59,7 +59,8 @@ def finish(partial: Partial) -> tuple[jax.Array, jax.Array]:
 def sink(sinks: jax.Array, like: Partial) -> Partial:
   """Attention to one more key a head, of score `sinks` 'h' and value 0."""
   m = lax.stop_gradient(sinks.astype(like.l.dtype))
-  share = jnp.exp(sinks.astype(like.l.dtype) - m)  # 1, and carries the gradient
+  # 1, and carries the gradient; 0 for a sink of -inf, which is none.
+  share = jnp.exp(sinks.astype(like.l.dtype) - finite(m))
   shape = like.l.shape
   return Partial(
     m=jnp.broadcast_to(m, shape),

@@ -494,10 +494,14 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
   table, width = plan.table(rule, query, key, False)
   delta = jnp.sum(do.astype(jnp.float32) * o, -1) - l * dl
   unseen = l == 0
-  known = [  # of a query: exp(x - m) / l is 0 where there is nothing
-    jnp.where(unseen, jnp.inf, m * plan.unit),
-    1 / jnp.where(unseen, 1, l),
-    delta,
+  rest = (0, 0), (0, plan.long_q - plan.t), (0, 0)
+  # Of a query: exp(x - m) / l is 0 where there is nothing, and in the padding.
+  known = [
+    jnp.pad(
+      jnp.where(unseen, jnp.inf, m * plan.unit), rest, constant_values=jnp.inf
+    ),
+    jnp.pad(1 / jnp.where(unseen, 1, l), rest),
+    jnp.pad(delta, rest),
   ]
   laid = Extras(
     tuple(layout.lay_operands(plan, one) for one in extras.scores),

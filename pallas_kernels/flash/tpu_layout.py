@@ -150,11 +150,11 @@ def make(rule: Rule, q, k, v, extras, query, key, direction) -> Plan:
   )
 
 
-def _padded(x, axis, size):
-  """Zeros behind, up to a size."""
+def _padded(x, axis, size, mode='constant'):
+  """Zeros behind, up to a size; or what the mode of `jnp.pad` says."""
   fill = [(0, 0)] * x.ndim
   fill[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, fill)
+  return jnp.pad(x, fill, mode)
 
 
 def scaled(x, factor):
@@ -191,7 +191,8 @@ def lay_operands(plan, own: Operands) -> Operands:
   """'h 1 n', 'b h 1 t' and 'b h 1 s'."""
 
   def per_token(x, length):
-    return _padded(jnp.swapaxes(x, 1, 2), 2, length)[:, :, None]
+    # Filled up with what occurs: a score may divide by it.
+    return _padded(jnp.swapaxes(x, 1, 2), 2, length, 'edge')[:, :, None]
 
   return Operands(
     tuple(x.reshape(len(x), 1, -1) for x in own.heads),

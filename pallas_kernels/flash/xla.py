@@ -101,6 +101,7 @@ def _tile_gradient(rule, queries, keys, masked, extras):
     across = jax.tree.map(lambda x: x[:, None, None, :], query)
     along = jax.tree.map(lambda x: x[:, None, :, None], key)
     x = jnp.where(masks.sees(rule.mask, across, along), x, -jnp.inf)
+  m = jnp.where(share == 0, jnp.inf, m)  # padded: exp must not overflow there
   p = jnp.exp(x - m[:, :, None]) * share[:, :, None]
   w, to_weights = by_head(rule.weighed, p)
   dv = jnp.einsum('bksr,bkre->bkse', w, do)
