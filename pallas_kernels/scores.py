@@ -92,8 +92,38 @@ class Slopes:
     return x - slopes[:, None, None].astype(x.dtype) * far.astype(x.dtype)
 
 
+MOST_COMPARED = 128  # entries of a table that a kernel looks through
+
+
 @dataclasses.dataclass(frozen=True)
-class Buckets:
+class Table:
+  """What reads an entry of a table 'h n', its operand, for each pair.
+
+  Attributes:
+    gathers: reads it by index, as suits a CPU. A kernel cannot: there each
+      entry is put where it belongs, which is elementwise.
+  """
+
+  gathers: bool = dataclasses.field(default=True, kw_only=True)
+
+  def elementwise(self):
+    """The same function for a kernel."""
+    return dataclasses.replace(self, gathers=False)
+
+  def entries(self, table, number, dtype):
+    """Entries 'b h t s' for numbers 'b 1 t s'."""
+    table = table.astype(dtype)
+    if self.gathers or table.shape[1] > MOST_COMPARED:
+      return jnp.moveaxis(jnp.take(table, number[:, 0], 1, mode='clip'), 0, 1)
+    shape = jnp.broadcast_shapes(number.shape, (len(table), 1, 1))
+    found = jnp.zeros(shape, dtype)
+    for i in range(table.shape[1]):
+      found = jnp.where(number == i, table[:, i : i + 1, None], found)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets(Table):
   """x + table_h[bucket(distance)], with the table 'h n' as operand (T5).
 
   Half of the buckets are single distances; the others grow with the logarithm
@@ -114,11 +144,11 @@ class Buckets:
     number = bucket(
       distance(query, key), table.shape[1], self.furthest, self.causal
     )
-    return x + _entries(table, number, x.dtype)
+    return x + self.entries(table, number, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class Relative:
+class Relative(Table):
   """x + table_h[distance], with the table 'h n' as operand, one number each.
 
   The first entry is for keys `ahead` ahead and more, the last for those
@@ -127,35 +157,25 @@ class Relative:
 
   ahead: int = 0
 
+  def of_pairs(self, query, key, table, dtype):
+    number = distance(query, key) + self.ahead
+    number = jnp.clip(number, 0, table.shape[1] - 1)
+    return self.entries(table, number, dtype)
+
   def __call__(self, x, query, key, table):
-    number = _clipped(query, key, table, self.ahead)
-    return x + _entries(table, number, x.dtype)
+    return x + self.of_pairs(query, key, table, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class RelativeFactor:
+class RelativeFactor(Relative):
   """p table_h[distance], likewise: what URPE does to the weights.
 
   Luo et al. 2022, "Your Transformer May Not be as Powerful as You Expect",
   https://arxiv.org/abs/2205.13401.
   """
 
-  ahead: int = 0
-
   def __call__(self, p, query, key, table):
-    number = _clipped(query, key, table, self.ahead)
-    return p * _entries(table, number, p.dtype)
-
-
-def _clipped(query, key, table, ahead):
-  return jnp.clip(distance(query, key) + ahead, 0, table.shape[1] - 1)
-
-
-def _entries(table, number, dtype):
-  """Entries 'b h t s' of a table 'h n' for numbers 'b 1 t s'."""
-  return jnp.moveaxis(
-    jnp.take(table.astype(dtype), number[:, 0], 1, mode='clip'), 0, 1
-  )
+    return p * self.of_pairs(query, key, table, p.dtype)
 
 
 def bucket(behind, buckets: int, furthest: int, causal: bool) -> jax.Array:

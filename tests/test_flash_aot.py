@@ -18,7 +18,13 @@ from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import tpu
 from pallas_kernels.masks import Causal, Everything, Sinks, Window
 from pallas_kernels.problem import problem
-from pallas_kernels.scores import Difference, Score, Slopes
+from pallas_kernels.scores import (
+  Buckets,
+  Difference,
+  RelativeFactor,
+  Score,
+  Slopes,
+)
 
 pytestmark = pytest.mark.aot
 SMALL = Blocks(256, 256)  # compiles in a second, and has the same code
@@ -46,6 +52,7 @@ def compiled(
   mask=None,
   segments=False,
   score=None,
+  factor=None,
   bias=False,
   blocks=SMALL,
   **given,
@@ -58,7 +65,7 @@ def compiled(
   ints = shape(b, t, dtype=jnp.int32), shape(b, s, dtype=jnp.int32)
   sides = ints if segments else (None, None)
 
-  def loss(q, k, v, score, bias, sides):
+  def loss(q, k, v, score, factor, bias, sides):
     query, key = ((None, segments, None) for segments in sides)
     rule, extras, query, key = problem(
       *(q, k, v),
@@ -66,6 +73,7 @@ def compiled(
       query=query,
       key=key,
       score=score,
+      factor=factor,
       bias=bias,
       blocks=blocks,
       **given,
@@ -74,8 +82,8 @@ def compiled(
     o, m, total = tpu.attend(rule, q, k, v, extras, query, key)
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(total), m
 
-  gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))
-  shapes = chips.on(chip, (*arrays, score, bias, sides))
+  gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4, 5), has_aux=True))
+  shapes = chips.on(chip, (*arrays, score, factor, bias, sides))
   return gradient.lower(*shapes).compile()
 
 
@@ -120,6 +128,8 @@ FEATURES = {
   'float32': {'dtype': jnp.float32},
   'soft cap': {'softcap': 30.0},
   'slopes': {'score': Score(Slopes(), (heads(2),))},
+  'buckets': {'score': Score(Buckets(128, causal=True), (heads(2, 32),))},
+  'factors': {'factor': Score(RelativeFactor(), (heads(2, 33),))},
   'forget': {
     'score': Score(
       Difference(), queries=(heads(1, 1024, 2),), keys=(heads(1, 1024, 1),)

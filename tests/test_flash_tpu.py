@@ -25,7 +25,7 @@ from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import plain, tpu
 from pallas_kernels.masks import Causal, Everything, Sinks, Window
 from pallas_kernels.problem import problem
-from pallas_kernels.scores import Buckets, Difference, Score, Slopes
+from pallas_kernels.scores import Buckets, Difference, Relative, Score, Slopes
 
 BLOCKS = Blocks(128, 128)
 PADDED = np.repeat([1, 2, 3, 0], [90, 100, 60, 50])
@@ -80,6 +80,11 @@ CASES = {
     draw(),
     {'mask': Causal(), 'softcap': 2.0, 'score': Slopes(), **LATER},
     {'heads': (number(2),)},
+  ),
+  'table': (
+    draw(),
+    {'mask': Causal(), 'score': Relative(4), **LATER},
+    {'heads': (number(2, 33),)},
   ),
   'forget': (
     draw(2),
@@ -138,6 +143,9 @@ def formula(q, k, v, numbers, mask=None, softcap=None, score=None, **given):
   if isinstance(score, Slopes):
     far = given['query_order'][:, None] - np.arange(s)
     x = x - numbers['heads'][0][:, None, None] * np.abs(far)
+  if isinstance(score, Relative):
+    far = given['query_order'][:, None] - np.arange(s)
+    x = x + numbers['heads'][0][:, np.clip(far + 4, 0, 32)]
   if isinstance(score, Difference):
     (a,), (b,) = numbers['queries'], numbers['keys']
     x = x + a.mT[..., None] - b.mT[:, :, None]
@@ -391,8 +399,9 @@ def test_refuses():
 
   assert reason() is None
   assert reason(softcap=3.0, dropout=Dropout(0.1, seed=0)) is None
-  table = Score(Buckets(64, True), (jnp.zeros((2, 16)),))
-  assert 'Buckets is not elementwise' in reason(score=table)
+  table = lambda n: Score(Buckets(256, True), (jnp.zeros((2, n)),))
+  assert reason(score=table(32)) is None
+  assert 'Buckets is not elementwise' in reason(score=table(256))
   half = (x.astype(jnp.float16) for x in (q, k, v))
   assert 'float16' in reason(*half)
   assert 'differ in type' in reason(v=v.astype(jnp.bfloat16))

@@ -29,6 +29,7 @@ A modification of scores sees a tile with its last two axes exchanged: it has to
 be elementwise in them.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -65,6 +66,7 @@ NOT_ELEMENTWISE = {
 
 def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
   """Why this backend cannot serve a call, or None; arguments as of `attend`."""
+  rule = _elementwise(rule)
   d, e = q.shape[3], v.shape[3]
   if 0 in (*q.shape, *k.shape, *v.shape):
     return f'there is nothing in q {q.shape}, k {k.shape} or v {v.shape}'
@@ -85,6 +87,16 @@ def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
       name = getattr(fn, '__name__', type(fn).__name__)
       return f'{name} is not elementwise: it uses {", ".join(sorted(moves))}'
   return None
+
+
+def _elementwise(rule: Rule) -> Rule:
+  """The rule with functions that gather replaced by those that need not."""
+  own = lambda fn: fn.elementwise() if hasattr(fn, 'elementwise') else fn
+  return dataclasses.replace(
+    rule,
+    scores=tuple(map(own, rule.scores)),
+    weights=tuple(map(own, rule.weights)),
+  )
 
 
 def _primitives(fn, own: Operands, tags) -> set[str]:
@@ -127,7 +139,7 @@ def attend(rule, q, k, v, extras, query, key):
   Differentiate it in reverse mode.
   """
   inputs = alike((q, k, v, extras), (query, key))
-  return _attend(rule, *inputs, query, key)
+  return _attend(_elementwise(rule), *inputs, query, key)
 
 
 # ---------------------------------------------------------------------- forward
