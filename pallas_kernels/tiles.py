@@ -40,7 +40,9 @@ def sides(rule: Rule, b: int, h: int, t: int, s: int) -> tuple[Rule, bool]:
     side //= 2
   q = _block(rule.blocks.q, t, side)
   k = _block(rule.blocks.k, s, max(side, side**2 // q))
-  single = 0 in (t, s) or (t <= q and s <= min(k, side))
+  # A tile that was not asked for is not much wider than it is high.
+  most = k if rule.blocks.k else min(k, side)
+  single = 0 in (t, s) or (t <= q and s <= most)
   return dataclasses.replace(rule, blocks=Blocks(q, k)), single
 
 

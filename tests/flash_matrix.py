@@ -211,26 +211,16 @@ def results(feature, name, blocks, wider=None):
 
 
 @functools.cache
-def formula(feature: Feature):
-  """Exact results, and how far the formula in the same dtype is from them."""
+def exact(feature: Feature):
   with jax.enable_x64(True):
-    exact = results(feature, 'plain', WHOLE, 'float64')
-  with jax.enable_x64(feature.dtype == 'float64'):
-    naive = results(feature, 'plain', WHOLE)
-  return exact, [far(one, other) for one, other in zip(naive, exact)]
-
-
-def far(one, other) -> float:
-  # What a gradient is by construction, 0, has no scale of its own.
-  scale = max(np.sqrt(np.mean(np.square(other))), 0.01)
-  return np.abs(one - other).max() / scale
+    return results(feature, 'plain', WHOLE, 'float64')
 
 
 def outcome(feature: Feature, name: str) -> str:
   """'yes', or why not.
 
   Raises:
-    AssertionError: it ran, and is much further off than rounding explains.
+    AssertionError: it ran, and is further off than rounding explains.
   """
   with jax.enable_x64(feature.dtype == 'float64'):
     blocks = flash.Blocks(64, 32) if name in ('plain', 'xla') else None
@@ -239,14 +229,15 @@ def outcome(feature: Feature, name: str) -> str:
         got = results(feature, name, blocks)
     except NotImplementedError as refusal:
       return str(refusal).split(': ', 1)[1].rsplit('. Leave', 1)[0]
+  # Precision is the matter of other tests: this is well above any rounding of
+  # sums, and well below any mistake. Half precision rounds results alone.
   eps = float(jnp.finfo(feature.dtype).eps)
-  # Precision is the matter of other tests, with more draws and a factor of 2.
-  for one, other, naive in zip(got, *formula(feature)):
-    error = far(one, other)
-    if not error <= 4 * naive + 64 * eps:
-      raise AssertionError(
-        f'{feature.name}, {name}: off by {error:.1e}, naively {naive:.1e}'
-      )
+  bound = 8 * eps if eps > 1e-4 else 512 * eps
+  for one, other in zip(got, exact(feature)):
+    scale = max(np.sqrt(np.mean(np.square(other))), 1)
+    error = np.abs(one - other).max() / scale
+    if not error <= bound:
+      raise AssertionError(f'{feature.name}, {name}: off by {error:.1e}')
   return 'yes'
 
 

@@ -626,7 +626,7 @@ def zeros(*shape):
     ),
     (
       ((1, 4, 2, 8),) * 3,
-      {'key_segments': np.ones((2, 4))},
+      {'key_segments': np.ones((2, 4), int)},
       r'key segments .* not \(2, 4\)',
     ),
   ],
