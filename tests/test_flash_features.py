@@ -14,7 +14,7 @@ import pytest
 
 from jaxattn.core import sigmoid
 from pallas_kernels import dispatch, dropout, flash, problem, tiles
-from pallas_kernels.flash import Blocks, Dropout, Score, partial, plain, xla
+from pallas_kernels.flash import Blocks, Dropout, Score, partial
 from pallas_kernels.masks import Causal, Mask, Prefix, Window
 from pallas_kernels.scores import (
   POSITION,
@@ -607,7 +607,3 @@ def test_dispatch(caplog):
     choose('fast', ('slow',))
   with pytest.raises(NotImplementedError, match=r'nothing serves .*no such'):
     choose(None, ('fast',))
-
-
-def test_plain_and_xla_are_two_things():
-  assert plain.attend is not xla.attend

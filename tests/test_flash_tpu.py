@@ -1,7 +1,8 @@
 """The TPU kernels of attention, interpreted: values, gradients and races.
 
 The oracle is the formula in a few lines with a dense matrix of who sees whom,
-in float64; a kernel may err twice as much as the formula does in float32. Races
+in float64; a kernel may err twice as much as the formula does in float32, in a
+gradient twice as much as the formula does in its worst one. Races
 are what the interpreter's vector clocks find; memory begins as NaN. That the
 kernels lower for a TPU is tested here too, and in `test_flash_aot` that they
 compile.
