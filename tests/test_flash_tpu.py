@@ -9,10 +9,6 @@ compile.
 """
 
 import functools
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +23,7 @@ from pallas_kernels.flash import plain, tpu
 from pallas_kernels.masks import Causal, Everything, Sinks, Window
 from pallas_kernels.problem import problem
 from pallas_kernels.scores import Buckets, Difference, Relative, Score, Slopes
+from tests import devices
 
 BLOCKS = Blocks(128, 128)
 PADDED = np.repeat([1, 2, 3, 0], [90, 100, 60, 50])
@@ -371,17 +368,7 @@ def on_a_mesh():
 def test_on_a_mesh():
   """Under shard_map with its checks on, and nothing communicated."""
   call = 'from tests import test_flash_tpu; test_flash_tpu.on_a_mesh()'
-  flags = '--xla_force_host_platform_device_count=2'
-  ran = subprocess.run(
-    [sys.executable, '-c', call],
-    cwd=pathlib.Path(__file__).parent.parent,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert ran.returncode == 0, ran.stderr
-  assert 'RACE DETECTED' not in ran.stdout
+  assert 'RACE DETECTED' not in devices.run('-c', call, devices=2)
 
 
 def _all_of(x, query, key, *numbers):

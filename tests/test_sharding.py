@@ -5,19 +5,13 @@ process of its own: this file as a program, which prints what it found.
 """
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
-import jax
 import pytest
 
 from jaxattn import registry
-from tests import laws, mutants
+from tests import devices, laws, mutants
 from tests.conftest import module_name
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def subjects(names):
@@ -48,21 +42,7 @@ def main(names):
 
 
 def run(names):
-  cache = jax.config.jax_compilation_cache_dir
-  ran = subprocess.run(
-    [sys.executable, '-m', 'tests.test_sharding', *names],
-    cwd=ROOT,
-    env={
-      **os.environ,
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      **({'JAX_COMPILATION_CACHE_DIR': cache} if cache else {}),
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert ran.returncode == 0, ran.stderr
-  return json.loads(ran.stdout)
+  return json.loads(devices.run('-m', 'tests.test_sharding', *names))
 
 
 @pytest.fixture(scope='module')

@@ -8,9 +8,6 @@ devices it simulates: this file, run as a program, prints what it found.
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import jax
@@ -21,8 +18,8 @@ from jaxattn.models.lm import LM
 from jaxattn.parallel import mesh as meshes
 from jaxattn.tasks.mqar import MQAR
 from jaxattn.train import build, checkpoint, optimizer, step
+from tests import devices
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 MECHANISMS = ('multi_head', 'gated_linear', 'mixture_of_heads')
 STEPS = 5
 CONFIG = {
@@ -118,22 +115,8 @@ def main(workdir):
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('mesh')
-  flags = '--xla_force_host_platform_device_count=8'
-  cache = jax.config.jax_compilation_cache_dir
-  ran = subprocess.run(
-    [sys.executable, '-m', 'tests.test_train_mesh', str(workdir)],
-    cwd=ROOT,
-    env={
-      **os.environ,
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': flags,
-      **({'JAX_COMPILATION_CACHE_DIR': cache} if cache else {}),
-    },
-    capture_output=True,
-    text=True,
-  )
-  assert ran.returncode == 0, ran.stderr
-  return json.loads(ran.stdout) | {'workdir': workdir}
+  ran = devices.run('-m', 'tests.test_train_mesh', str(workdir))
+  return json.loads(ran) | {'workdir': workdir}
 
 
 @pytest.mark.parametrize('mixer', MECHANISMS)
