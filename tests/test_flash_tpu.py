@@ -150,7 +150,9 @@ def formula(q, k, v, numbers, mask=None, softcap=None, score=None, **given):
   x = x + numbers.get('bias', 0)
   visible = seen(mask or Everything(), t, s, given)[:, None]
   x = jnp.where(visible, x, -jnp.inf)
-  m = jnp.max(x, -1, keepdims=True)
+  # Held constant, which changes nothing: compared with scores that are computed
+  # a second time, to other last bits, the derivative of max is 0 / 0.
+  m = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
   p = jnp.where(visible, jnp.exp(x - jnp.where(m == -jnp.inf, 0, m)), 0)
   total = p.sum(-1, keepdims=True)
   o = jnp.einsum('bhts,bshe->bthe', p / jnp.where(total == 0, 1, total), v)
