@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxattn.nn import Policy
 from jaxattn.packing import Clock, Packing, Tokens, resolve
-from jaxattn.parallel import gather, place, sequence
+from jaxattn.parallel import place, sequence
 from jaxattn.state import Recompute, State
 from jaxattn.typing import Array, Keys, PerToken, PyTree, Stream, Values
 
@@ -70,6 +70,9 @@ class Mixer(nn.Module):
   causal = True  # a mechanism that can be both makes this a field
   reads_context = False  # True where `mix` does cross attention
   implementations = ('xla',)  # names that `policy.implementation` may take
+  # How devices that each hold a part of time work together on `mix`; one that
+  # attends may leave a choice to `policy.strategy`.
+  strategies = ('gather',)
 
   def __post_init__(self):
     if self.policy.implementation not in (None, *self.implementations):
@@ -77,6 +80,14 @@ class Mixer(nn.Module):
         f'{type(self).__name__} has no'
         f' implementation={self.policy.implementation!r}, only'
         f' {", ".join(self.implementations)}: leave it out to have one chosen'
+      )
+    asked, attends = self.policy.strategy, sequence.STRATEGIES
+    if asked not in (None, *self.strategies) and {*self.strategies} & {
+      *attends
+    }:
+      raise NotImplementedError(
+        f'{type(self).__name__} has no strategy={asked!r} for time over devices,'
+        f' only {", ".join(self.strategies)}: leave it out to have one chosen'
       )
     if self.width is not None:
       self.check(self.width)
@@ -161,26 +172,25 @@ class Mixer(nn.Module):
     """
     self._validate(x, packing, state, return_state, context)
     batch, length, width = x.shape
-    x = gather.whole(x.astype(self.policy.dtype))
+    x = place.over_time(x.astype(self.policy.dtype))
     if isinstance(context, Context):
-      context = Context(gather.whole(context.x), context.packing)
+      context = place.rows(context, batch)
     if length == 0:
       if not self.is_initializing():
         return Mixed(x, self._kept(x, state, return_state))
       x, packing = jnp.zeros((batch, 1, width), x.dtype), None
 
-    packing, kept = place.rows(
-      (packing, self._kept(x, state, return_state)), batch
-    )
+    kept = place.rows(self._kept(x, state, return_state), batch)
+    packing = place.over_time(packing)
     tokens = resolve(packing, kept and kept.clock, batch, x.shape[1])
-    tokens = place.rows(tokens, batch)
+    tokens = place.over_time(tokens)
     x = _zero_pads(x, tokens)
     memory = None if kept is None else kept.memory
     if isinstance(memory, Recompute):
       y, memory = self._recompute(x, tokens, memory, context, deterministic)
     else:
       y, memory = self.mix(x, tokens, memory, context, deterministic)
-    y = gather.local(_zero_pads(y, tokens))
+    y = _zero_pads(y, tokens)
     if length == 0:
       y = y[:, :0]
     if not return_state:
@@ -199,18 +209,17 @@ class Mixer(nn.Module):
 
   def _recompute(self, x, tokens, memory, context, deterministic):
     """Runs `mix` on all that was ever read, and picks the new outputs."""
-    memory, slots = sequence.run(
+    memory, slots = sequence.rows(
       lambda memory, x, tokens: memory.extend(x, tokens), memory, x, tokens
     )
     y, _ = self.mix(
-      memory.inputs.astype(x.dtype),
-      memory.tokens(),
+      *place.over_time((memory.inputs.astype(x.dtype), memory.tokens())),
       None,
       context,
       deterministic,
     )
     pick = lambda row, at: row.at[at].get(mode='fill', fill_value=0)
-    return sequence.run(jax.vmap(pick), y, slots), memory
+    return place.over_time(sequence.rows(jax.vmap(pick), y, slots)), memory
 
   def _validate(self, x, packing, state, return_state, context) -> None:
     name = type(self).__name__

@@ -29,6 +29,8 @@ class Policy:
     dropout: share of activations that training drops after each layer.
     kernel_init: initialiser of weight matrices (a jax initialiser).
     implementation: name of the kernel to use; None chooses.
+    strategy: how devices work together on attention where time is spread over
+      them, one of `parallel.sequence.STRATEGIES`; None chooses.
   """
 
   dtype: str = 'float32'
@@ -36,6 +38,7 @@ class Policy:
   dropout: float = 0.0
   kernel_init: Initializer = lecun
   implementation: str | None = None
+  strategy: str | None = None
 
   def __post_init__(self):
     if not 0 <= self.dropout < 1:
@@ -43,6 +46,16 @@ class Policy:
     for name in ('dtype', 'param_dtype'):
       if not jnp.issubdtype(jnp.dtype(getattr(self, name)), jnp.floating):
         raise ValueError(f'{name}={getattr(self, name)!r} is not a float type')
+    if self.strategy not in (None, *sequence.STRATEGIES):
+      raise ValueError(
+        f'strategy={self.strategy!r} must be one of'
+        f' {", ".join(sequence.STRATEGIES)}, or None to have one chosen'
+      )
+
+  @property
+  def attention(self) -> dict[str, str | None]:
+    """What `parallel.sequence.attention` is told."""
+    return {'implementation': self.implementation, 'strategy': self.strategy}
 
 
 class Linear(nn.Module):

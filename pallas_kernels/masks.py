@@ -16,6 +16,7 @@ pair. Orders are int32 and their differences must fit.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,10 @@ class Mask:
     """True only where every query in the range sees every key in the range."""
     return np.False_
 
+  def reach(self) -> tuple[float, float]:
+    """How many orders before and after its own a query may see, at most."""
+    return math.inf, math.inf
+
   def __and__(self, other: 'Mask') -> 'Mask':
     return And(self, other)
 
@@ -88,6 +93,9 @@ class And(Mask):
   def full(self, query, key):
     return self.left.full(query, key) & self.right.full(query, key)
 
+  def reach(self):
+    return tuple(map(min, self.left.reach(), self.right.reach()))
+
 
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
@@ -104,6 +112,9 @@ class Or(Mask):
 
   def full(self, query, key):
     return self.left.full(query, key) | self.right.full(query, key)
+
+  def reach(self):
+    return tuple(map(max, self.left.reach(), self.right.reach()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +158,9 @@ class Causal(Mask):
   def full(self, query, key):
     return key.order_max <= query.order_min
 
+  def reach(self):
+    return math.inf, 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Window(Mask):
@@ -177,6 +191,10 @@ class Window(Mask):
     if self.right is not None:
       seen &= key.order_max - query.order_min < self.right
     return seen
+
+  def reach(self):
+    after = math.inf if self.right is None else self.right - 1
+    return self.left - 1, after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +235,9 @@ class BlockCausal(Mask):
 
   def full(self, query, key):
     return key.order_max // self.size <= query.order_min // self.size
+
+  def reach(self):
+    return math.inf, self.size - 1
 
 
 @dataclasses.dataclass(frozen=True)

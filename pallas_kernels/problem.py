@@ -1,16 +1,21 @@
 """What a call of attention asks for, checked and filled in, for every backend.
 
-A backend is two functions,
+A backend is an `Engine`, of which two functions,
 
   forward(rule, q, k, v, extras, query, key) -> o, m, l
-  backward(rule, q, k, v, extras, query, key, o, m, l, do, dl)
+  backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl)
     -> dq, dk, dv, dextras
 
 with o 'b t h e' finished, in rule.dtype, and m, l 'b t h' as in `Partial`, of
 which m is held constant in gradients. `Rule` is static, all others are arrays.
+Gradients are as wide as their sums; `reverse`, which makes the two one that JAX
+differentiates, rounds them to what their inputs are. Forward may be asked of
+some of the keys and backward be given o, m and l of all of them: so what keys
+contribute adds up, on one device or round a ring of them.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -90,6 +95,41 @@ class Rule:
     return p
 
 
+class Monoid(NamedTuple):
+  """Attention to some of the keys, as something that adds up.
+
+  Attributes:
+    nothing: (q, v) -> attention to none; as wide as sums are.
+    open: the results of `forward`, one by one -> attention to its keys.
+    merge: two of these -> attention to the keys of both.
+    finish: -> the results again.
+  """
+
+  nothing: Callable[[jax.Array, jax.Array], Any]
+  open: Callable[..., Any]
+  merge: Callable[[Any, Any], Any]
+  finish: Callable[[Any], tuple]
+
+
+class Engine(NamedTuple):
+  """Attention of some kind on one device; functions take the same arguments.
+
+  Attributes:
+    attend: the results of forward, for JAX to differentiate.
+    forward, backward: see above; None where JAX alone knows the gradient.
+    monoid: how results for different keys become one.
+  """
+
+  attend: Callable[..., tuple]
+  forward: Callable[..., tuple] | None = None
+  backward: Callable[..., tuple] | None = None
+  monoid: Monoid | None = None
+
+
+# How an engine serves many devices that each hold a part: as another `attend`.
+Over = Callable[[Engine], Callable[..., tuple]]
+
+
 def problem(
   q,
   k,
@@ -106,6 +146,7 @@ def problem(
   dropout: Dropout | None = None,
   blocks: Blocks | None = None,
   wide: bool = False,
+  spread: bool = False,
 ) -> tuple[Rule, Extras, Tokens, Tokens]:
   """Checks the arguments of a call and fills in what was left out.
 
@@ -114,6 +155,7 @@ def problem(
       `flash.attention`.
     query, key: (order, segments, tags), each as given or None.
     wide: the result is in float32 or wider, whatever q is.
+    spread: there are more keys on other devices: a bias has columns for all.
 
   Raises:
     TypeError: an argument is of another kind than it has to be.
@@ -161,8 +203,12 @@ def problem(
     _check_operands(one, b, t, s, h)
   if bias is not None:
     shape = bias.shape
+    columns = spread and s and shape[-1] % s == 0
     if len(shape) != 4 or not (
-      shape[0] in (1, b) and shape[1] in (1, h) and shape[2:] == (t, s)
+      shape[0] in (1, b)
+      and shape[1] in (1, h)
+      and shape[2] == t
+      and (shape[3] == s or columns)
     ):
       raise ValueError(
         f'a bias must be `b h t s`, here {(b, h, t, s)} (with 1 for b or h'
@@ -298,3 +344,26 @@ def alike(inputs, tokens):
   leaves = jax.tree.leaves((inputs, tokens))
   nothing = [jnp.sum(x[..., :0]).astype(jnp.float32) for x in leaves]
   return jax.tree.map(lambda x: x + sum(nothing).astype(x.dtype), inputs)
+
+
+def reverse(forward, backward):
+  """`forward`, of which `backward` is the gradient in reverse mode."""
+
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+  def attend(rule, q, k, v, extras, query, key):
+    return forward(rule, q, k, v, extras, query, key)
+
+  def attend_fwd(rule, *inputs):
+    results = forward(rule, *inputs)
+    return results, (inputs, results)
+
+  def attend_bwd(rule, residuals, gradients):
+    inputs, results = residuals
+    found = backward(rule, *inputs, *results, *gradients)
+    rounded = jax.tree.map(
+      lambda dx, x: dx.astype(x.dtype), found, floats(inputs[:-2])
+    )
+    return *rounded, None, None
+
+  attend.defvjp(attend_fwd, attend_bwd)
+  return attend

@@ -24,26 +24,34 @@ from pallas_kernels.problem import (
   Rule,
   accumulator,
   floats,
+  one_segment,
 )
 
 
-def sides(rule: Rule, b: int, h: int, t: int, s: int) -> tuple[Rule, bool]:
-  """The rule with its blocks chosen; and whether one tile holds all.
+def prepare(rule: Rule, q, k, query: Tokens, key: Tokens):
+  """The rule with its blocks chosen, and the tokens for it.
 
   The choice keeps a CPU busy and a tile of all heads in its cache. Cut in four
   or more, a causal sequence has tiles to skip.
+
+  Returns:
+    rule, query, key, and whether one tile holds all.
   """
+  (b, t, h, _), s = q.shape, k.shape[1]
   side = 512
   while side > 128 and 4 * side > max(t, s):
     side //= 2
   while side > 64 and b * h * side**2 > 2**20:
     side //= 2
-  q = _block(rule.blocks.q, t, side)
-  k = _block(rule.blocks.k, s, max(side, side**2 // q))
+  q_side = _block(rule.blocks.q, t, side)
+  k_side = _block(rule.blocks.k, s, max(side, side**2 // q_side))
   # A tile that was not asked for is not much wider than it is high.
-  most = k if rule.blocks.k else min(k, side)
-  single = 0 in (t, s) or (t <= q and s <= most)
-  return dataclasses.replace(rule, blocks=Blocks(q, k)), single
+  most = k_side if rule.blocks.k else min(k_side, side)
+  single = 0 in (t, s) or (t <= q_side and s <= most)
+  if s % k_side:  # the last block holds padding, which nobody may see
+    query, key = one_segment(query), one_segment(key)
+  rule = dataclasses.replace(rule, blocks=Blocks(q_side, k_side))
+  return rule, query, key, single
 
 
 def _block(block, length, default):
@@ -243,12 +251,11 @@ def gather(totals: Extras, extras: Extras) -> Extras:
   bias = totals.bias
   if bias is not None:
     bias = bias[:, :, : like.bias.shape[2], : like.bias.shape[3]]
-  gradient = Extras(
+  return Extras(
     tuple(map(own, totals.scores, like.scores)),
     tuple(map(own, totals.weights, like.weights)),
     bias,
   )
-  return jax.tree.map(lambda dx, x: dx.astype(x.dtype), gradient, like)
 
 
 def fold(rule: Rule, visit, carry, query, keys):

@@ -24,7 +24,7 @@ os.environ['XLA_FLAGS'] = ' '.join([*FLAGS, os.environ.get('XLA_FLAGS', '')])
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# It is the same from run to run.
+# What is compiled is the same from run to run.
 jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxattn.core import rope
-from pallas_kernels import masks
+from pallas_kernels import masks, tiles
 from pallas_kernels.flash import Blocks, Partial, attention, finish, merge, xla
 from pallas_kernels.masks import (
   BlockCausal,
@@ -312,7 +312,7 @@ def without_delta(rule, queries, keys, *args):
 
 GRADIENT = xla._tile_gradient
 MUTANTS = {
-  'padding is seen': ('everything', xla, 'one_segment', lambda x: x),
+  'padding is seen': ('everything', tiles, 'one_segment', lambda x: x),
   'partials not rescaled': ('everything', xla, 'merge', unscaled),
   'no do . o': ('everything', xla, '_tile_gradient', without_delta),
   'window skips too much': ('window', Window, 'empty', one_too_wide),

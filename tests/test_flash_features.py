@@ -84,8 +84,10 @@ def formula(q, k, v, *, cap=None, **given):
   x = x if cap is None else cap * jnp.tanh(x / cap)
   entry = lambda table: jnp.moveaxis(jnp.asarray(table)[:, ENTRY], 0, 1)
   if 'of_query' in given:
-    x = x + jnp.moveaxis(given['of_query'], 2, 1)[..., None]
-    x = x - jnp.moveaxis(given['of_key'], 2, 1)[..., None, :]
+    of_query, of_key = (
+      jnp.moveaxis(given[name], 2, 1) for name in ('of_query', 'of_key')
+    )
+    x = x + of_query[..., None] * of_key[..., None, :]
   if 'table' in given:
     x = x + entry(given['table'])
   x = x + sum(given[name] for name in given if name.startswith('bias'))
@@ -101,12 +103,20 @@ def formula(q, k, v, *, cap=None, **given):
   return o / jnp.moveaxis(jnp.where(total == 0, 1, total), 2, 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """x + a b. (Of x + a the gradient by a is nothing but rounding errors.)"""
+
+  def __call__(self, x, query, key, of_query, of_key):
+    return x + of_query * of_key
+
+
 def ours(q, k, v, *, cap=None, form='xla', blocks=None, **given):
   """The same through `flash.attention`."""
   score = factor = bias = drop = None
   if 'of_query' in given:
     numbers = (given['of_query'],), (given['of_key'],)
-    score = Score(Difference(), (), *numbers)
+    score = Score(Product(), (), *numbers)
   if 'table' in given:
     score = Score(Relative(ahead=4), (given['table'],))
   if 'factors' in given:
@@ -130,15 +140,15 @@ def ours(q, k, v, *, cap=None, form='xla', blocks=None, **given):
   )
 
 
-def results(attend, arrays, w):
-  """o and the gradients of sum(o w), by the name of the array."""
+def results(attend, arrays, *ws):
+  """o and the gradients of sum(o w), by the name of the array, for each w."""
 
   @functools.partial(jax.jit, compiler_options=QUICK)
-  def run(arrays):
+  def run(arrays, w):
     loss = lambda arrays: jnp.sum(attend(**arrays) * w)
     return {'o': attend(**arrays), **jax.grad(loss)(arrays)}
 
-  return jax.tree.map(np.asarray, run(arrays))
+  return [jax.tree.map(np.asarray, run(arrays, w)) for w in ws]
 
 
 def dropped():
@@ -163,17 +173,27 @@ def compare(names, form, cap=None, blocks=None):
   fast = functools.partial(ours, **fixed, form=form, blocks=blocks)
   with jax.enable_x64(True):
     wide = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
-    exact = results(naive, wide, w.astype(np.float64))
-  naive, fast = results(naive, arrays, w), results(fast, arrays, w)
+    (exact,) = results(naive, wide, w.astype(np.float64))
+  (fast,) = results(fast, arrays, w)
   error = lambda x, z: np.abs(x - z).max() / np.sqrt(np.mean(z**2))
+  # By multiples of what is differentiated, gradients round differently; o does
+  # not depend on it.
+  scales = np.float32([1.0, 0.7, 1.3])
+  draws = results(naive, arrays, *(scale * w for scale in scales))
+  allowed = {'o': error(draws[0]['o'], exact['o'])} | {
+    name: max(
+      error(naive[name], scale * exact[name])
+      for naive, scale in zip(draws, scales)
+    )
+    for name in arrays
+  }
   # Gradients of what scores share are sums of terms that cancel; see
   # test_core_scores.
   summed = {name: 4 for name in drawn if name not in 'qkvw'}
   return [
-    f'{name}: {error(fast[name], z):.1e}, naively {error(naive[name], z):.1e}'
+    f'{name}: {error(fast[name], z):.1e}, naively {allowed[name]:.1e}'
     for name, z in exact.items()
-    if not error(fast[name], z)
-    <= summed.get(name, 2) * error(naive[name], z) + 8 * EPS
+    if not error(fast[name], z) <= summed.get(name, 2) * allowed[name] + 8 * EPS
   ]
 
 
@@ -203,11 +223,11 @@ def test_one_tile():
 def test_dropout_is_a_constant_factor(form):
   drawn, factor = draw(), dropped()
   arrays = {name: drawn[name] for name in ('q', 'k', 'v', 'sinks')}
-  naive = results(
+  (naive,) = results(
     functools.partial(formula, dropped=factor), arrays, drawn['w']
   )
   fast = functools.partial(ours, dropped=True, form=form)
-  fast = results(fast, arrays, drawn['w'])
+  (fast,) = results(fast, arrays, drawn['w'])
   for name, x in naive.items():
     np.testing.assert_allclose(fast[name], x, atol=3e-5)
 

@@ -24,11 +24,11 @@ def test_who_runs_on_flash():
 def ran(monkeypatch):
   """The names of those that ran."""
   names = []
-  for backend, attend in flash.BACKENDS.items():
-    said = lambda *args, backend=backend, attend=attend: (
-      names.append(backend) or attend(*args)
+  for backend, engine in flash.BACKENDS.items():
+    said = lambda *args, backend=backend, engine=engine: (
+      names.append(backend) or engine.attend(*args)
     )
-    monkeypatch.setitem(flash.BACKENDS, backend, said)
+    monkeypatch.setitem(flash.BACKENDS, backend, engine._replace(attend=said))
   return names
 
 
@@ -63,3 +63,16 @@ def test_cross_attention_passes_it_on(ran):
   x = jnp.ones((1, 4, 32))
   mixer.init(jax.random.key(0), x, context=Context(x))
   assert set(ran) == {'plain'}
+
+
+def test_a_strategy_that_cannot_be_is_refused():
+  with pytest.raises(NotImplementedError, match=r"Moba .*'ring'.*only gather"):
+    jaxattn.make('moba', policy=Policy(strategy='ring'))
+  with pytest.raises(ValueError, match=r"'star' must be one of halo, .*ring"):
+    Policy(strategy='star')
+
+
+def test_a_strategy_is_for_those_who_attend():
+  """A model may mix them: 'ring' is for its layers of attention."""
+  for name in ('multi_head', 'sigmoid', 'gated_linear', 's4d'):
+    jaxattn.make(name, policy=Policy(strategy='ring'))

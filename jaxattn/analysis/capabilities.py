@@ -56,7 +56,9 @@ def facts(name: str) -> dict[str, Any]:
     'layout': spec.layout,
     'fft': spec.fft,
     'implementations': list(mixer.implementations),
-    'sequence_parallelism': ['gather'] if spec.claim('sharding') else [],
+    'sequence_parallelism': (
+      list(mixer.strategies) if spec.claim('sharding') else []
+    ),
     **_state(mixer),
     'parameters': sum(leaf.size for leaf in jax.tree.leaves(weights)),
     'laws': {law: _claim(spec, law) for law in LAWS},

@@ -41,17 +41,20 @@ def attend(
     )
   queries = tokens.segments
   if memory is None:
-    order, key_positions = tokens.order, positions
-    queries = segments = None if tokens.valid is None else tokens.segments
+    key_positions, queries, order = positions, None, None
+    if tokens.valid is not None:
+      queries, order = tokens.segments, tokens.order
+    places, segments = order, queries
   else:
     (k, v, order, segments, key_positions), memory = memory.read(k, v, tokens)
+    places = tokens.order
   tags = lambda at: None if score is None else {POSITION: at}
   o = engine(
     q,
     k,
     v,
     mask=mask,
-    query_order=tokens.order,
+    query_order=places,
     key_order=order,
     query_segments=queries,
     key_segments=segments,

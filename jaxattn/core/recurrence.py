@@ -107,6 +107,33 @@ def gated(q, k, v, log_decay=None, *, state=None, valid=None, starts=None):
   return form(q, k, v, log_decay, state=state, valid=valid, starts=starts)
 
 
+def effect(k, v, log_decay=None, *, valid=None, starts=None):
+  """What all these tokens do to a state, S -> a S + s, without a loop.
+
+  Arguments are those of `recurrent`.
+
+  Returns:
+    a 'b h d 1', or 'b h 1 1' where it is the same for all of d, and s
+    'b h d e', the state that they leave if there was none before.
+  """
+  _check(k, log_decay)
+  dtype = jnp.result_type(jnp.float32, k, v)
+  k, v = silence(k, valid, dtype), silence(v, valid, dtype)
+  kept = jnp.ones_like(k[:, 0, :, :1])
+  if log_decay is not None:
+    # From j to the end: a running sum again, not a difference of two.
+    w = silence(log_decay, valid, dtype)
+    w = jax.lax.cumsum(w, axis=1, reverse=True)
+    kept = kept * jnp.exp(w[:, 0])
+    k = k * jnp.exp(jnp.pad(w[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)]))
+  if starts is not None:
+    starts = starts if valid is None else starts & valid
+    run = jnp.cumsum(starts, axis=1)[..., None, None]
+    kept = kept * (run[:, -1] == 0)
+    k = k * (run == run[:, -1:])
+  return kept[..., None], jnp.einsum('bthd,bthe->bhde', k, v)
+
+
 def by_token(step, q, k, v, gate, state, valid, starts):
   """Scans `step(state, (q, k, v, gate, start)) -> state, o` over tokens.
 

@@ -13,6 +13,7 @@ results add up. With p = sigmoid(x) and do the gradient of o,
 so the backward pass needs nothing from the forward but q, k and v.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -23,11 +24,15 @@ from pallas_kernels import masks, tiles
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.masks import Everything, Mask
 from pallas_kernels.problem import (
+  Engine,
+  Monoid,
+  Operands,
+  Over,
   accumulator,
   alike,
   floats,
-  one_segment,
   problem,
+  reverse,
   with_floats,
 )
 from pallas_kernels.scores import Score
@@ -51,6 +56,7 @@ def attention(
   scale: float | None = None,
   score: Score | None = None,
   blocks: Blocks | None = None,
+  over: Over | None = None,
 ) -> jax.Array:
   """mask(sigmoid(scale q k^T + offset)) v, in memory linear in t and s.
 
@@ -59,6 +65,8 @@ def attention(
   Args:
     offset: a number, or one per query, `b t h` or what broadcasts to it; it
       gets a gradient.
+
+    over: spreads the work over devices, see `softmax.attention`.
 
   Returns:
     `b t h e` in the dtype of q; 0 for a query that sees no key.
@@ -76,35 +84,46 @@ def attention(
     score=score,
     blocks=blocks,
   )
-  (b, t, h, _), s = q.shape, k.shape[1]
-  offset = jnp.asarray(offset, accumulator(q))
+  (b, t, h, _), accurate = q.shape, accumulator(q)
+  offset = jnp.asarray(offset, accurate)
   offset = offset.reshape((1,) * (3 - offset.ndim) + offset.shape)
-  offset = offset + jnp.zeros((b, t, h), offset.dtype)
-  rule, single = tiles.sides(rule, b, h, t, s)
+  if jnp.broadcast_shapes(offset.shape, (b, t, h)) != (b, t, h):
+    raise ValueError(f'offset must fit {(b, t, h)}, not {offset.shape}')
+  offset = jnp.broadcast_to(offset, (offset.shape[0], t, offset.shape[2]))
+  rule = dataclasses.replace(rule, scores=(*rule.scores, _add))
+  own = Operands(queries=(offset,))
+  extras = extras._replace(scores=(*extras.scores, own))
+  run = attend if over is None else over(ENGINE)
+  (o,) = run(rule, q, k, v, extras, query, key)
+  return o
+
+
+def _add(x, query, key, offset):
+  return x + offset
+
+
+def attend(rule, q, k, v, extras, query, key):
+  """o alone in a tuple; arguments as in `problem`."""
+  prepared, *tokens, single = tiles.prepare(rule, q, k, query, key)
   if single:
     own = tiles.as_tile(extras)
-    x, _, _ = tiles.at_once(rule, q, k, own, query, key)
-    v = jnp.repeat(v.astype(x.dtype), h // v.shape[2], axis=2)
-    p = jax.nn.sigmoid(x + jnp.moveaxis(offset, 2, 1)[..., None])
-    return jnp.einsum('bhts,bshe->bthe', p, v).astype(rule.dtype)
-  if s % rule.blocks.k:  # the last block holds padding, which nobody may see
-    query, key = one_segment(query), one_segment(key)
-  inputs = alike((q, k, v, offset, extras), (query, key))
-  return _attend(rule, *inputs, query, key)
+    x, _, _ = tiles.at_once(prepared, q, k, own, *tokens)
+    v = jnp.repeat(v.astype(x.dtype), q.shape[2] // v.shape[2], axis=2)
+    o = jnp.einsum('bhts,bshe->bthe', jax.nn.sigmoid(x), v)
+    return (o.astype(rule.dtype),)
+  return _attend(rule, *alike((q, k, v, extras), (query, key)), query, key)
 
 
 def _weights(rule, queries, keys, masked, extras):
   """p = sigmoid(x) 'b k s r' of a tile, and what takes dp to the inputs."""
-  (q, offset, query), (k, key) = queries, keys
+  (q, query), (k, key) = queries, keys
 
-  def scores(q, offset, k, values):
+  def scores(q, k, values):
     x = jnp.einsum('bksd,bkrd->bksr', k, rule.scale * q)
-    if extras:
-      own = with_floats(extras, values)
-      x = tiles.by_head(rule.scored, x, query, key, own, rule.blocks.q)
-    return x + offset[:, :, None]
+    own = with_floats(extras, values)
+    return tiles.by_head(rule.scored, x, query, key, own, rule.blocks.q)
 
-  x, back = jax.vjp(scores, q, offset, k, floats(extras))
+  x, back = jax.vjp(scores, q, k, floats(extras))
   if masked:
     across = jax.tree.map(lambda x: x[:, None, None, :], query)
     along = jax.tree.map(lambda x: x[:, None, :, None], key)
@@ -118,78 +137,77 @@ def _exact(*arrays):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(rule, q, k, v, offset, extras, query, key):
+def forward(rule, q, k, v, extras, query, key):
+  """o alone in a tuple."""
+  rule, query, key, _ = tiles.prepare(rule, q, k, query, key)
   queries, keys, extents, key_extents = tiles.arrange(
-    rule, _exact(q, offset), _exact(k, v), query, key
+    rule, _exact(q), _exact(k, v), query, key
   )
   laid = tiles.lay(rule, extras)
 
   def read(_, block):
-    i, (q, offset, tokens), extent = block
+    i, (q, tokens), extent = block
 
     def visit(j, o, masked):
       k, v, key = tiles.at(keys, j)
       own = tiles.cut(rule, laid, i, j)
-      p, _ = _weights(rule, (q, offset, tokens), (k, key), masked, own)
+      p, _ = _weights(rule, (q, tokens), (k, key), masked, own)
       return o + jnp.einsum('bksr,bkse->bkre', p, v)
 
-    nothing = jnp.zeros_like(q[..., :1]) + jnp.zeros(v.shape[-1], q.dtype)
-    return None, tiles.fold(rule, visit, nothing, extent, key_extents)
+    o = nothing(q, v)
+    return None, tiles.fold(rule, visit, o, extent, key_extents)
 
   i = jnp.arange(len(queries[0]))
   _, blocks = tiles.scan(read, None, (i, queries, extents))
-  return tiles.join(blocks, *q.shape[1:3]).astype(rule.dtype)
+  return (tiles.join(blocks, *q.shape[1:3]).astype(rule.dtype),)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(rule, q, k, v, offset, extras, query, key, do):
+def backward(rule, q, k, v, extras, query, key, o, do):
+  """dq, dk, dv and the gradient of extras."""
+  del o
+  rule, query, key, _ = tiles.prepare(rule, q, k, query, key)
   queries, keys, extents, key_extents = tiles.arrange(
-    rule, _exact(q, offset, do), _exact(k, v), query, key
+    rule, _exact(q, do), _exact(k, v), query, key
   )
   laid = tiles.lay(rule, extras)
 
   def read(totals, block):
-    i, (q, offset, do, tokens), extent = block
+    i, (q, do, tokens), extent = block
 
     def visit(j, carry, masked):
-      dq, doffset, dk, dv, dextras = carry
+      dq, dk, dv, dextras = carry
       k, v, key = tiles.at(keys, j)
       own = tiles.cut(rule, laid, i, j)
-      p, back = _weights(rule, (q, offset, tokens), (k, key), masked, own)
+      p, back = _weights(rule, (q, tokens), (k, key), masked, own)
       more = back(jnp.einsum('bkse,bkre->bksr', v, do))
       return (
         dq + more[0],
-        doffset + more[1],
-        tiles.add_at(dk, j, more[2]),
+        tiles.add_at(dk, j, more[1]),
         tiles.add_at(dv, j, jnp.einsum('bksr,bkre->bkse', p, do)),
-        tiles.paste(rule, dextras, more[3], i, j),
+        tiles.paste(rule, dextras, more[2], i, j),
       )
 
-    carry = jnp.zeros_like(q), jnp.zeros_like(offset), *totals
-    dq, doffset, *totals = tiles.fold(rule, visit, carry, extent, key_extents)
-    return tuple(totals), (dq, doffset)
+    carry = jnp.zeros_like(q), *totals
+    dq, *totals = tiles.fold(rule, visit, carry, extent, key_extents)
+    return tuple(totals), dq
 
   totals = *map(jnp.zeros_like, keys[:2]), tiles.nothing(laid)
   i = jnp.arange(len(queries[0]))
-  totals, (dq, doffset) = tiles.scan(read, totals, (i, queries, extents))
+  totals, dq = tiles.scan(read, totals, (i, queries, extents))
   dk, dv, dextras = totals
   return *(
-    tiles.join(dx, *x.shape[1:3]).astype(x.dtype)
-    for x, dx in ((q, dq), (k, dk), (v, dv), (offset, doffset))
+    tiles.join(dx, *x.shape[1:3]) for x, dx in ((q, dq), (k, dk), (v, dv))
   ), tiles.gather(dextras, extras)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule, q, k, v, offset, extras, query, key):
-  return _forward(rule, q, k, v, offset, extras, query, key)
+def nothing(q, v):
+  """o of no keys."""
+  zero = jnp.zeros_like(q[..., :1], accumulator(q))
+  return zero + jnp.zeros(v.shape[-1], zero.dtype)
 
 
-def _attend_fwd(rule, *inputs):
-  return _forward(rule, *inputs), inputs
-
-
-def _attend_bwd(rule, inputs, do):
-  return *_backward(rule, *inputs, do), None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+# Looked up when called, as everything in a module is.
+_attend = reverse(lambda *x: forward(*x), lambda *x: backward(*x))
+MONOID = Monoid(nothing, lambda o: o, jnp.add, lambda o: (o,))
+ENGINE = Engine(attend, forward, backward, MONOID)

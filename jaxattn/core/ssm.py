@@ -64,12 +64,10 @@ def kernel(log_a, b_bar, c, length):
     c: how the modes are read, 'm n' complex.
     length: how many taps.
   """
-  root = math.isqrt(max(length - 1, 0)) + 1
-  steps = jnp.arange(root, dtype=log_a.real.dtype)
-  rows = jnp.exp(log_a[..., None] * (steps * root)) * (c * b_bar)[..., None]
-  columns = jnp.exp(log_a[..., None] * steps)
+  rows, columns = _powers(log_a, length)
+  rows = rows * (c * b_bar)[..., None]
   square = _real_product('mni,mnj->mij', rows, columns)
-  return 2 * square.reshape(-1, root * root)[:, :length].T
+  return 2 * square.reshape(square.shape[0], -1)[:, :length].T
 
 
 def convolve(u, kernel):
@@ -144,6 +142,59 @@ def scan(u, log_a, b_bar, c, *, state=None, valid=None, starts=None, chunk=64):
   body = jax.checkpoint(body, prevent_cse=False)
   state, y = jax.lax.scan(body, state, tokens)
   return join(y, t).astype(out), state
+
+
+def effect(u, log_a, b_bar, *, valid=None, starts=None):
+  """What all these tokens do to a state, x -> p x + r, without a loop.
+
+  r sums exp(l log_a) b_bar u over tokens, l of which are still to come; as in
+  `kernel`, l = i r + j.
+
+  Arguments are those of `scan`.
+
+  Returns:
+    p and r 'b m n'; r is the state that they leave if there was none before.
+  """
+  b, t, m = u.shape
+  dtype = jnp.result_type(jnp.float32, u, log_a.real)
+  log_a, b_bar = (
+    x.astype(jnp.result_type(dtype, jnp.complex64)) for x in (log_a, b_bar)
+  )
+  u = silence(u, valid, dtype)
+  here = jnp.ones_like(u[..., :1]) if valid is None else valid[..., None]
+  p = jnp.exp(jnp.sum(here, axis=1)[..., None] * log_a)
+  if starts is not None:
+    starts = starts if valid is None else starts & valid
+    run = jnp.cumsum(starts, axis=1)[..., None]
+    p = p * (run[:, -1:] == 0)
+    u = u * (run == run[:, -1:])
+  if valid is not None:
+    # A stable sort moves the pads before the tokens of their row.
+    order = jnp.argsort(valid, axis=1, stable=True)
+    u = jnp.take_along_axis(u, order[..., None], axis=1)
+  rows, columns = _powers(log_a, t)
+  root = rows.shape[-1]
+  u = jnp.pad(u[:, ::-1], [(0, 0), (0, root * root - t), (0, 0)])
+  u = u.reshape(b, root, root, m)
+  exact = jax.lax.Precision.HIGHEST
+  inner = jax.lax.complex(
+    *(
+      jnp.einsum('bijm,mnj->bimn', u, part, precision=exact)
+      for part in (columns.real, columns.imag)
+    )
+  )
+  r = jnp.einsum('bimn,mni->bmn', inner, rows, precision=exact)
+  return p, b_bar * r
+
+
+def _powers(log_a, length):
+  """exp(i r log_a) and exp(j log_a), 'm n r', for i, j < r with r^2 >= length.
+
+  Every power below `length` is a product of one and another.
+  """
+  root = math.isqrt(max(length - 1, 0)) + 1
+  steps = jnp.arange(root, dtype=log_a.real.dtype)
+  return tuple(jnp.exp(log_a[..., None] * i) for i in (steps * root, steps))
 
 
 def _real_product(axes, x, y):

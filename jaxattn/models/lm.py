@@ -22,7 +22,6 @@ from jaxattn.mixer import Mixer
 from jaxattn.models import pattern
 from jaxattn.nn import Dropout, Embed, Linear, Norm, Policy
 from jaxattn.packing import Packing
-from jaxattn.parallel import gather
 from jaxattn.typing import Array, Float, PerToken, PyTree, Stream
 
 # What layers may have, stacked where layers are scanned over.
@@ -231,7 +230,7 @@ class LM(nn.Module):
     Args and semantics are those of `Mixer.__call__`.
     """
     embed = Embed(self.vocab, self.width, self.policy, name='embed')
-    x = gather.local(embed(ids))
+    x = embed(ids)
     after = []
     for g, (unit, repeats) in enumerate(pattern.groups(self.layers())):
       module = nn.remat(Unit, prevent_cse=False) if self.remat else Unit

@@ -1,37 +1,81 @@
-"""Time over devices, the universal way: gather it, compute, keep one's slice.
+"""Attention to keys that are gathered: every device holds all of them.
 
-Whatever a mechanism does over time is then right on every layout, at the price
-of holding the whole length on each device of the `seq` axis.
+Simple, exact for everything, and for moderate lengths as fast as any. A few
+heads at a time, the others need no room; the backward pass gathers again.
 """
 
 import jax
-from jax.sharding import AxisType
+import jax.numpy as jnp
+from jax import lax
 
-from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import place
-
-
-def whole(x: jax.Array) -> jax.Array:
-  """All of time on every device: 'b t ...' with rows over `data` alone."""
-  mesh = _split()
-  return x if mesh is None else _lay(x, place.batch(x.shape[0], mesh), mesh)
+from pallas_kernels.problem import Engine, Extras, Operands
 
 
-def local(y: jax.Array) -> jax.Array:
-  """Each device its slice of time again, where the length divides."""
-  mesh = _split()
-  if mesh is None:
-    return y
-  return _lay(y, place.tokens(*y.shape[:2], mesh), mesh)
+def all_of_time(tree, axis: str):
+  """'b t ...' with the parts of all devices, in their order."""
+  return jax.tree.map(
+    lambda x: lax.all_gather(x, axis, axis=1, tiled=True), tree
+  )
 
 
-def _split():
-  """The mesh, if it splits time."""
-  mesh = meshes.current()
-  return mesh if mesh is not None and mesh.shape[meshes.SEQ] > 1 else None
+def over(axis: str, groups: int = 1):
+  """Spreads an engine over devices along `axis`.
+
+  Args:
+    axis: of the mesh.
+    groups: into which key heads are divided, to be served one after another; it
+      has to divide their number.
+  """
+
+  def spread(engine: Engine):
+    def run(rule, q, k, v, extras, query, key):
+      key = all_of_time(key, axis)
+
+      def serve(q, k, v, extras):
+        own = lambda x: Operands(x.heads, x.queries, all_of_time(x.keys, axis))
+        extras = Extras(
+          tuple(map(own, extras.scores)),
+          tuple(map(own, extras.weights)),
+          extras.bias,
+        )
+        k, v = all_of_time((k, v), axis)
+        return engine.attend(rule, q, k, v, extras, query, key)
+
+      if groups == 1:
+        return serve(q, k, v, extras)
+
+      @jax.checkpoint
+      def group(i):
+        part = lambda axis: lambda x: _part(x, axis, i, groups)
+        own = lambda x: Operands(
+          tuple(map(part(0), x.heads)),
+          tuple(map(part(2), x.queries)),
+          tuple(map(part(2), x.keys)),
+        )
+        bias = extras.bias
+        return serve(
+          *map(part(2), (q, k, v)),
+          Extras(
+            tuple(map(own, extras.scores)),
+            tuple(map(own, extras.weights)),
+            None if bias is None else part(1)(bias),
+          ),
+        )
+
+      results = lax.map(group, jnp.arange(groups))
+      join = lambda x: jnp.moveaxis(x, 0, 2).reshape(
+        *x.shape[1:3], -1, *x.shape[4:]
+      )
+      return tuple(map(join, results))
+
+    return run
+
+  return spread
 
 
-def _lay(x, spec, mesh):
-  if AxisType.Explicit in mesh.axis_types:
-    return jax.reshard(x, spec)
-  return jax.lax.with_sharding_constraint(x, spec)
+def _part(x, axis, i, groups):
+  """Of so many parts the i-th; of what all heads share, all."""
+  if x.shape[axis] == 1:
+    return x
+  size = x.shape[axis] // groups
+  return lax.dynamic_slice_in_dim(x, i * size, size, axis)

@@ -79,6 +79,15 @@ def rows(tree, count: int):
   return tree if mesh is None else put(tree, batch(count, mesh))
 
 
+def over_time(tree):
+  """Places arrays 'b t ...', rows over `data` and time over `seq`: `tokens`."""
+  mesh = meshes.current()
+  leaves = jax.tree.leaves(tree)
+  if mesh is None or not leaves:
+    return tree
+  return put(tree, tokens(*leaves[0].shape[:2], mesh))
+
+
 def whole(w: jax.Array) -> jax.Array:
   """A weight as its user needs it, gathered where it was stored in parts."""
   return put(w, jax.P())

@@ -1,35 +1,373 @@
-"""The one door between mechanisms and devices.
+"""The one door between mechanisms and devices, and the only chooser.
 
-A mechanism hands its engine and the arrays to `run`, which decides how they
-cross devices. Everything that mixes over time runs inside one fully manual
-`shard_map`, which behaves the same in Auto and in Explicit mode. At present the
-batch is split over `data` and time is whole on every device.
+A mechanism hands its engine and its arrays to `stream` (or `run`), which lays
+rows over `data` and time over `seq`, and calls the engine inside one fully
+manual `shard_map`, which behaves the same in Auto and in Explicit mode. There a
+device holds a part of the time axis: JAX says so in the type of each array, and
+engines that mix over time are called by way of the functions below, which then
+talk to the other devices, and else do not.
+
+With a memory (decoding, and prefill in chunks) time is whole on every device.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
+from jaxattn.core import softmax
+from jaxattn.parallel import gather, halo, place, ring, ulysses
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import place
+from pallas_kernels.masks import Mask
+from pallas_kernels.problem import Over
 
 
 def run(engine: Callable, *arrays, weights=()):
-  """`engine(*arrays, *weights)`, row by row on the devices that hold the rows.
+  """`engine(*arrays, *weights)` for what does not mix over time.
 
   Args:
-    engine: a pure function whose results all lead with the batch.
-    *arrays: pytrees whose leaves all lead with the batch (`None` is allowed).
+    engine: a pure function; all it returns is 'b t ...'.
+    *arrays: pytrees whose leaves are all 'b t ...' (`None` is allowed).
     weights: pytrees that every device needs whole.
   """
   mesh = meshes.current()
   leaves = jax.tree.leaves(arrays)
   if mesh is None or not leaves:
     return engine(*arrays, *weights)
-  rows = place.batch(leaves[0].shape[0], mesh)
-  arrays = place.put(arrays, rows)
+  where = place.tokens(*leaves[0].shape[:2], mesh)
+  # A context is spread as well, where its own length divides.
+  own = lambda x: place.tokens(*x.shape[:2], mesh) if len(where) > 1 else where
+  specs = tuple(jax.tree.map(own, arrays))
+  return _mapped(engine, arrays, weights, where, specs)
+
+
+def rows(engine: Callable, *arrays, weights=()):
+  """The same for what needs all of time: arrays and results lead with rows."""
+  mesh = meshes.current()
+  leaves = jax.tree.leaves(arrays)
+  if mesh is None or not leaves:
+    return engine(*arrays, *weights)
+  return _mapped(engine, arrays, weights, place.batch(len(leaves[0]), mesh))
+
+
+def stream(engine: Callable, *inputs, weights=()):
+  """`o, memory = engine(*inputs, *weights)` for what mixes over time.
+
+  Args:
+    engine: a pure function, which calls other devices by way of this module, or
+      of `prefix`.
+    *inputs: pytrees whose leaves are all 'b t ...'; then `packing.Tokens`; then
+      what the mechanism remembers, which leads with rows, or None.
+    weights: pytrees that every device needs whole.
+
+  Returns:
+    o, of which all is 'b t ...', and the memory after it; None if there was
+    none before.
+  """
+  *arrays, tokens, memory = inputs
+  mesh = meshes.current()
+  if mesh is None:
+    o, after = engine(*inputs, *weights)
+    return o, None if memory is None else after
+  b, t = tokens.order.shape
+  lead, parts = place.batch(b, mesh), mesh.shape[meshes.SEQ]
+  if memory is not None:
+    o, after = _mapped(engine, inputs, weights, lead)
+    return place.over_time(o), after
+
+  given = *arrays, tokens
+
+  def forget(*inputs):
+    o, _ = engine(*inputs[: len(given)], None, *inputs[len(given) :])
+    return o
+
+  if parts == 1 or t < parts:
+    return place.over_time(_mapped(forget, given, weights, lead)), None
+  if t % parts == 0:
+    where = place.tokens(b, t, mesh)
+    return _mapped(forget, given, weights, where), None
+  # Filled up with padding, which engines skip.
+  fill = -t % parts
+  *arrays, tokens = jax.tree.map(
+    lambda x: jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)),
+    place.put(given, lead),
+  )
+  tokens = dataclasses.replace(tokens, valid=tokens.segments > 0)
+  where = place.tokens(b, t + fill, mesh)
+  o = _mapped(forget, (*arrays, tokens), weights, where)
+  return jax.tree.map(lambda x: x[:, :t], place.put(o, lead)), None
+
+
+def _mapped(engine, arrays, weights, where, specs=None):
+  """With results laid `where`; and arrays too, or each by its specs."""
+  specs = specs or tuple(jax.tree.map(lambda _: where, arrays))
+  arrays = jax.tree.map(place.put, arrays, specs)
   return jax.shard_map(
     engine,
-    in_specs=(*(rows for _ in arrays), *(jax.P() for _ in weights)),
-    out_specs=rows,
+    in_specs=(*specs, *(jax.P() for _ in weights)),
+    out_specs=where,
   )(*arrays, *weights)
+
+
+# ------------------------------------------------------------- what is chosen
+
+# Bytes of keys and values of other devices that one device may hold: then one
+# gather is no dearer than a ring, and waits once.
+ROOM = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """What the choice depends on.
+
+  Attributes:
+    devices: over which time is spread.
+    t, h, d, s, k, e: sizes on one of them, by the usual letters.
+    itemsize: bytes of a number.
+    reach: orders before and after its own that a query may see, at most.
+    dense: tokens stand in their order over the devices, in one segment.
+  """
+
+  devices: int
+  t: int
+  h: int
+  d: int
+  s: int
+  k: int
+  e: int
+  itemsize: int
+  reach: tuple[float, float] = (math.inf, math.inf)
+  dense: bool = False
+
+  @property
+  def row(self) -> int:
+    """Bytes of the keys and values of a token."""
+    return self.k * (self.d + self.e) * self.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+  """How devices work together on attention, and what it costs each of them.
+
+  Attributes:
+    name: one of STRATEGIES.
+    reason: why it was taken.
+    hops: exchanges that wait for each other, forward.
+    sent: bytes that a device sends, forward; backward it is twice as many and,
+      where gradients travel, in float32.
+    held: bytes that it holds of what others have.
+    over: the strategy itself, for an engine's `over`.
+  """
+
+  name: str
+  reason: str
+  hops: int
+  sent: int
+  held: int
+  over: Over = dataclasses.field(repr=False, compare=False)
+
+  def __str__(self):
+    return (
+      f'{self.name} ({self.reason}): each device sends'
+      f' {self.sent / 2**20:,.1f} MiB in {self.hops} hops forward, and holds'
+      f' {self.held / 2**20:,.1f} MiB of others'
+    )
+
+
+def _halo(call: Call) -> tuple:
+  before, after = call.reach
+  if not call.dense:
+    return ('tokens may stand in any order',)
+  if max(before, after) > call.s:
+    return ('a query may see keys beyond the neighbours',)
+  before, after = (int(min(x, call.s)) for x in (before, after))
+  size = (before + after) * call.row
+  over = halo.over(meshes.SEQ, before, after)
+  return (None, 1, size, size, over)
+
+
+def _ulysses(call: Call, size: int | None = None, inner=None) -> tuple:
+  size = size or call.devices
+  repeat, heads = ulysses.heads(call.h, call.k, size)
+  keys = heads if repeat * call.k % size else repeat * call.k
+  share = (size - 1) / size * (call.d + call.e) * call.itemsize
+  sent = int(share * (call.t * heads + call.s * keys))
+  more = call.s * (keys - call.k) + 2 * call.t * (heads - call.h)
+  held = more * (call.d + call.e) * call.itemsize
+  return (
+    None,
+    2,
+    sent,
+    held,
+    ulysses.over(ulysses.Group(meshes.SEQ, size), inner),
+  )
+
+
+def _gather(call: Call) -> tuple:
+  size = (call.devices - 1) * call.s * call.row
+  stride = math.ceil(size / ROOM)
+  groups = next(
+    n
+    for n in range(1, call.k + 1)
+    if call.k % n == 0 and (n >= stride or n == call.k)
+  )
+  return None, groups, size, size // groups, gather.over(meshes.SEQ, groups)
+
+
+def _ring(call: Call) -> tuple:
+  hops = call.devices - 1
+  size = call.s * call.row
+  over = ring.over(ring.Ring(meshes.SEQ), call.dense)
+  return None, hops, hops * size, 2 * size, over
+
+
+def _hybrid(call: Call) -> tuple:
+  size = group_size(call)
+  if size == 1:
+    return (f'{call.k} key heads and {call.devices} devices have no divisor',)
+  hops = call.devices // size - 1
+  inner = ring.over(ring.Ring(meshes.SEQ, size), call.dense)
+  _, two, sent, held, over = _ulysses(call, size, inner)
+  block = call.s * call.row
+  return None, two + hops, sent + hops * block, held + 2 * block, over
+
+
+def group_size(call: Call) -> int:
+  """The most devices, but not all, that can share the key heads evenly."""
+  sizes = range(1, call.devices)
+  return max(n for n in sizes if call.devices % n == 0 and call.k % n == 0)
+
+
+# Each answers why it cannot serve a call; or None, hops, bytes sent and held,
+# and how it is done.
+STRATEGIES = {
+  'halo': _halo,
+  'ulysses': _ulysses,
+  'gather': _gather,
+  'hybrid': _hybrid,
+  'ring': _ring,
+}
+# The first that holds is taken.
+RULES = (
+  (
+    'halo',
+    'no query sees beyond the neighbours',
+    lambda call: _halo(call)[0] is None,
+  ),
+  (
+    'ulysses',
+    'the key heads divide among the devices: fewest bytes, even work',
+    lambda call: call.k % call.devices == 0,
+  ),
+  (
+    'gather',
+    f'all keys and values fit into {ROOM >> 30} GiB',
+    lambda call: (call.devices - 1) * call.s * call.row <= ROOM,
+  ),
+  (
+    'hybrid',
+    'groups of devices share the key heads, and form a ring',
+    lambda call: group_size(call) > 1,
+  ),
+  ('ring', 'keys are many and key heads are few', lambda call: True),
+)
+
+
+def choose(call: Call, forced: str | None = None) -> Strategy:
+  """The strategy for a call, with its reason.
+
+  Raises:
+    ValueError: no strategy has the name that is asked for.
+    NotImplementedError: it cannot serve the call.
+  """
+  if forced is None:
+    name, reason = next(rule[:2] for rule in RULES if rule[2](call))
+  elif forced in STRATEGIES:
+    name, reason = forced, 'asked for'
+  else:
+    raise ValueError(
+      f'there is no strategy {forced!r}, only {", ".join(STRATEGIES)}'
+    )
+  refusal, *costs = STRATEGIES[name](call)
+  if refusal:
+    others = [other for other in STRATEGIES if not STRATEGIES[other](call)[0]]
+    raise NotImplementedError(
+      f'strategy={name!r} cannot serve this: {refusal}; {", ".join(others)} can'
+    )
+  return Strategy(name, reason, *costs)
+
+
+# ------------------------------------------------- inside: what mixes over time
+
+
+def parts(x: jax.Array) -> int:
+  """Over how many devices the time axis of `x` is spread, here and now."""
+  if meshes.SEQ not in jax.typeof(x).manual_axis_type.varying:
+    return 1
+  return lax.axis_size(meshes.SEQ)
+
+
+def everywhere(tree):
+  """All of time on every device: for engines that need every key."""
+  if parts(jax.tree.leaves(tree)[0]) == 1:
+    return tree
+  return gather.all_of_time(tree, meshes.SEQ)
+
+
+def attention(
+  q,
+  k,
+  v,
+  *,
+  engine: Callable = softmax.attention,
+  strategy: str | None = None,
+  mask: Mask,
+  query_order=None,
+  key_order=None,
+  query_segments=None,
+  key_segments=None,
+  **rule,
+):
+  """An engine of attention, over however many devices hold the time axis.
+
+  Args:
+    q, k, v: 'b t h d', 'b s k d', 'b s k e': one device's part.
+    engine: `softmax.attention`, or another with its arguments.
+    strategy: one of STRATEGIES; None leaves it to `choose`.
+    mask, query_order, ...: as of the engine. Where orders and segments are left
+      out, tokens stand in their order over the devices.
+    **rule: further arguments of the engine.
+
+  Raises:
+    NotImplementedError: the strategy asked for cannot serve the call.
+  """
+  dense = query_order is None and key_order is None and query_segments is None
+  over = None
+  if parts(k) > 1:
+    sizes = parts(k), *q.shape[1:], *k.shape[1:3], v.shape[3], q.dtype.itemsize
+    over = choose(Call(*sizes, mask.reach(), dense), strategy).over
+  query_order = _order(query_order, q)
+  key_order = _order(key_order, k)
+  return engine(
+    q,
+    k,
+    v,
+    mask=mask,
+    query_order=query_order,
+    key_order=key_order,
+    query_segments=query_segments,
+    key_segments=key_segments,
+    over=over,
+    **rule,
+  )
+
+
+def _order(order, x):
+  """Given, or where tokens stand if they lie in order over the devices."""
+  if order is not None or parts(x) == 1:
+    return order
+  t = x.shape[1]
+  return lax.axis_index(meshes.SEQ) * t + jnp.arange(t)

@@ -31,6 +31,7 @@ DEFAULTS = {
     'param_dtype': 'float32',
     'dropout': 0.0,
     'implementation': None,
+    'strategy': None,
   },
   'optimizer': {
     'name': 'adamw',

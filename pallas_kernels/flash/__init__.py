@@ -23,7 +23,7 @@ from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import plain, tpu, xla
 from pallas_kernels.flash.partial import Partial, finish, merge, sink
 from pallas_kernels.masks import Everything, Mask
-from pallas_kernels.problem import problem
+from pallas_kernels.problem import Over, problem
 from pallas_kernels.scores import Score
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 EVERYTHING = Everything()
-BACKENDS = {'plain': plain.attend, 'xla': xla.attend, 'tpu': tpu.attend}
+BACKENDS = {'plain': plain.ENGINE, 'xla': xla.ENGINE, 'tpu': tpu.ENGINE}
 
 
 def attention(
@@ -62,6 +62,7 @@ def attention(
   implementation: str | None = None,
   blocks: Blocks | None = None,
   return_partial: bool = False,
+  over: Over | None = None,
 ) -> Any:
   """softmax(mask(scale q k^T)) v, in memory linear in t and s.
 
@@ -95,6 +96,9 @@ def attention(
     blocks: sides of the tiles; by default chosen from the lengths.
     return_partial: return a Partial, to be merged with attention to other keys
       and finished.
+    over: how devices that each hold a part of the keys work together: given an
+      engine, a function that answers for all keys. None for one device. A bias
+      then has the rows of this device, and the columns of all.
 
   Returns:
     `b t h e` in the dtype of q; or a Partial in float32, or wider if q is. A
@@ -125,6 +129,7 @@ def attention(
     dropout=dropout,
     blocks=blocks,
     wide=return_partial or sinks is not None,
+    spread=over is not None,
   )
   name = dispatch.choose(
     'attention',
@@ -136,7 +141,9 @@ def attention(
     implementation,
     ('tpu', 'xla') if jax.default_backend() == 'tpu' else ('xla',),
   )
-  o, m, total = BACKENDS[name](rule, q, k, v, extras, query, key)
+  engine = BACKENDS[name]
+  run = engine.attend if over is None else over(engine)
+  o, m, total = run(rule, q, k, v, extras, query, key)
   if sinks is None and not return_partial:
     return o
   partial = Partial(m, total, total[..., None] * o)

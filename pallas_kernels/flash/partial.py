@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.problem import Monoid
+
 
 class Partial(NamedTuple):
   """Attention to some of the keys; (-inf, 0, 0) is attention to none.
@@ -56,6 +58,23 @@ def finish(partial: Partial) -> tuple[jax.Array, jax.Array]:
   return jnp.where(unseen[..., None], 0, o / total[..., None]), lse
 
 
+def opened(o: jax.Array, m: jax.Array, l: jax.Array) -> Partial:  # noqa: E741
+  """What `finished` makes of a Partial as one again."""
+  return Partial(m, l, l[..., None] * o)
+
+
+def finished(partial: Partial) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """o as in `finish`, m and l: what a gradient needs."""
+  return finish(partial)[0], partial.m, partial.l
+
+
+def nothing(q: jax.Array, v: jax.Array) -> Partial:
+  """Attention of q 'b t h d' to none of the keys."""
+  total = jnp.zeros_like(q[..., 0], jnp.promote_types(jnp.float32, q.dtype))
+  o = total[..., None] + jnp.zeros(v.shape[-1], total.dtype)
+  return Partial(jnp.full_like(total, -jnp.inf), total, o)
+
+
 def sink(sinks: jax.Array, like: Partial) -> Partial:
   """Attention to one more key a head, of score `sinks` 'h' and value 0."""
   m = lax.stop_gradient(sinks.astype(like.l.dtype))
@@ -72,3 +91,6 @@ def sink(sinks: jax.Array, like: Partial) -> Partial:
 def finite(m):
   """What to subtract where nothing was seen: -inf - -inf would be NaN."""
   return jnp.where(m == -jnp.inf, 0, m)
+
+
+MONOID = Monoid(nothing, opened, merge, finished)

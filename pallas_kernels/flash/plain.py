@@ -12,18 +12,21 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import masks, tiles
-from pallas_kernels.flash.partial import Partial, finish, finite, merge
-from pallas_kernels.problem import accumulator, alike, one_segment
+from pallas_kernels.flash.partial import (
+  Partial,
+  finish,
+  finite,
+  merge,
+  nothing,
+)
+from pallas_kernels.problem import Engine, alike
 
 
 def attend(rule, q, k, v, extras, query, key):
   """Finished o, m and l; arguments as in `problem`."""
-  (b, t, h, _), s = q.shape, k.shape[1]
-  rule, single = tiles.sides(rule, b, h, t, s)
+  rule, query, key, single = tiles.prepare(rule, q, k, query, key)
   if single:
     return whole(rule, q, k, v, extras, query, key)
-  if s % rule.blocks.k:  # the last block holds padding, which nobody may see
-    query, key = one_segment(query), one_segment(key)
   q, k, v, extras = alike((q, k, v, extras), (query, key))
   return _folded(rule, q, k, v, extras, query, key)
 
@@ -78,11 +81,8 @@ def _folded(rule, q, k, v, extras, query, key):
       empty = jnp.all(empty)
       return lax.cond(empty, lambda partial: partial, seen, partial), None
 
-    zero = jnp.zeros_like(q[..., 0], accumulator(q))
-    zeros = zero[..., None] + jnp.zeros(v.shape[-1], zero.dtype)
-    nothing = Partial(jnp.full_like(zero, -jnp.inf), zero, zeros)
     blocks = (jnp.arange(len(k_blocks)), k_blocks, v_blocks, key, key_extents)
-    partial, _ = lax.scan(visit, nothing, blocks)
+    partial, _ = lax.scan(visit, nothing(q, v), blocks)
     o, _ = finish(partial)
     return o.astype(rule.dtype), partial.m, partial.l
 
@@ -92,3 +92,6 @@ def _folded(rule, q, k, v, extras, query, key):
   t = q.shape[1]
   join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
   return join(o)[:, :t], join(m)[:, :t], join(l)[:, :t]
+
+
+ENGINE = Engine(attend)

@@ -40,8 +40,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash import tpu_layout as layout
+from pallas_kernels.flash.partial import MONOID
 from pallas_kernels.masks import Side, Tokens
-from pallas_kernels.problem import Extras, Operands, Rule, alike, floats
+from pallas_kernels.problem import (
+  Engine,
+  Extras,
+  Operands,
+  Rule,
+  alike,
+  floats,
+  reverse,
+)
 
 LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
 NT = (((1,), (1,)), ((), ()))
@@ -487,8 +496,8 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
 
   @pl.when(last & (g == plan.group - 1))
   def _():
-    outs['dk'][...] = (dk[...] / plan.unit).astype(outs['dk'].dtype)
-    outs['dv'][...] = dv[...].astype(outs['dv'].dtype)
+    outs['dk'][...] = dk[...] / plan.unit
+    outs['dv'][...] = dv[...]
 
   @pl.when(last)
   def _():
@@ -499,8 +508,9 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
+def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
   """dq, dk, dv and the gradient of extras; m is a constant."""
+  del dm
   plan = layout.make(rule, q, k, v, extras, query, key, 'backward')
   sides = plan.tile
   table, width = plan.table(rule, query, key, False)
@@ -638,8 +648,8 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
       ],
     ),
     out_shape={
-      'dk': plan.like((b, plan.heads, plan.long_k, plan.d), k.dtype),
-      'dv': plan.like((b, plan.heads, plan.long_k, plan.e), v.dtype),
+      'dk': plan.like((b, plan.heads, plan.long_k, plan.d), f32),
+      'dv': plan.like((b, plan.heads, plan.long_k, plan.e), f32),
       'totals': jax.tree.map(lambda x: plan.like(x.shape, f32), totals),
       'heads': [
         plan.like((b, h, plan.blocks_k, 1, n), f32) for _, n in like_heads
@@ -677,26 +687,13 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
   if bias is not None:
     bias = bias[:, :, : plan.s, : plan.t].mT
   return (
-    jnp.moveaxis(dq, 3, 1).astype(q.dtype),
+    jnp.moveaxis(dq, 3, 1),
     back(outs['dk'], k),
     back(outs['dv'], v),
     jax.tree.map(layout.shared, dextras._replace(bias=bias), like),
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule, q, k, v, extras, query, key):
-  return forward(rule, q, k, v, extras, query, key)
-
-
-def _attend_fwd(rule, *inputs):
-  results = forward(rule, *inputs)
-  return results, (*inputs, *results)
-
-
-def _attend_bwd(rule, residuals, gradients):
-  do, _, dl = gradients
-  return *backward(rule, *residuals, do, dl), None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+# Looked up when called, as everything in a module is.
+_attend = reverse(lambda *x: forward(*x), lambda *x: backward(*x))
+ENGINE = Engine(attend, forward, backward, MONOID)

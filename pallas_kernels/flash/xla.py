@@ -29,12 +29,20 @@ from jax import lax
 
 from pallas_kernels import masks, tiles
 from pallas_kernels.flash import plain
-from pallas_kernels.flash.partial import Partial, finish, finite, merge
+from pallas_kernels.flash.partial import (
+  MONOID,
+  Partial,
+  finish,
+  finite,
+  merge,
+  nothing,
+)
 from pallas_kernels.problem import (
+  Engine,
   accumulator,
   alike,
   floats,
-  one_segment,
+  reverse,
   with_floats,
 )
 
@@ -44,12 +52,9 @@ def attend(rule, q, k, v, extras, query, key):
 
   Differentiate it in reverse mode, or in forward mode over reverse.
   """
-  (b, t, h, _), s = q.shape, k.shape[1]
-  rule, single = tiles.sides(rule, b, h, t, s)
+  *_, single = tiles.prepare(rule, q, k, query, key)
   if single:
     return plain.whole(rule, q, k, v, extras, query, key)
-  if s % rule.blocks.k:  # the last block holds padding, which nobody may see
-    query, key = one_segment(query), one_segment(key)
   return _attend(rule, *alike((q, k, v, extras), (query, key)), query, key)
 
 
@@ -114,7 +119,8 @@ def _tile_gradient(rule, queries, keys, masked, extras):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(rule, q, k, v, extras, query, key):
-  """The finished o, m and l; rule.blocks are chosen."""
+  """The finished o, m and l."""
+  rule, query, key, _ = tiles.prepare(rule, q, k, query, key)
   queries, keys, extents, key_extents = tiles.arrange(
     rule, [q], [k, v], query, key
   )
@@ -129,10 +135,8 @@ def forward(rule, q, k, v, extras, query, key):
         partial, _tile(rule, queries, tiles.at(keys, j), masked, own)
       )
 
-    zero = jnp.zeros_like(queries[0][..., 0], accumulator(q))
-    zeros = zero[..., None] + jnp.zeros(v.shape[-1], zero.dtype)
-    nothing = Partial(jnp.full_like(zero, -jnp.inf), zero, zeros)
-    partial = tiles.fold(rule, visit, nothing, extent, key_extents)
+    partial = nothing(queries[0], v)
+    partial = tiles.fold(rule, visit, partial, extent, key_extents)
     o, _ = finish(partial)
     return None, (o.astype(rule.dtype), partial.m, partial.l)
 
@@ -142,8 +146,10 @@ def forward(rule, q, k, v, extras, query, key):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
+def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
   """dq, dk, dv and the gradient of extras; m is a constant."""
+  del dm
+  rule, query, key, _ = tiles.prepare(rule, q, k, query, key)
   dtype = accumulator(q)
   do = do.astype(dtype)
   delta = jnp.sum(do * o, -1) - l * dl
@@ -178,25 +184,11 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dl):  # noqa: E741
     read, (*totals, tiles.nothing(laid)), (i, queries, extents)
   )
   dq, dk, dv = (
-    tiles.join(dx, *x.shape[1:3]).astype(x.dtype)
-    for x, dx in ((q, dq), (k, dk), (v, dv))
+    tiles.join(dx, *x.shape[1:3]) for x, dx in ((q, dq), (k, dk), (v, dv))
   )
   return dq, dk, dv, tiles.gather(dextras, extras)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rule, q, k, v, extras, query, key):
-  return forward(rule, q, k, v, extras, query, key)
-
-
-def _attend_fwd(rule, *inputs):
-  results = forward(rule, *inputs)
-  return results, (*inputs, *results)
-
-
-def _attend_bwd(rule, residuals, gradients):
-  do, _, dl = gradients
-  return *backward(rule, *residuals, do, dl), None, None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
+# Looked up when called, as everything in a module is.
+_attend = reverse(lambda *x: forward(*x), lambda *x: backward(*x))
+ENGINE = Engine(attend, forward, backward, MONOID)

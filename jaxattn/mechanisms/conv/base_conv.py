@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxattn.core import conv
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
-from jaxattn.parallel import place, sequence
+from jaxattn.parallel import place, prefix, sequence
 from jaxattn.spec import Spec
 
 
@@ -40,16 +40,25 @@ def reference(params, x, **_):
   return (x @ params['gate']['kernel'] + params['gate']['bias']) * mixed
 
 
-def attend(x, tokens, kernel):
+def attend(x, tokens, memory, kernel):
   """h * x by FFT if a dense row is all there is, else lag by lag."""
-  if tokens.valid is None:
-    return conv.fft(x, kernel)
+  convolve = conv.fft
+  # Where no segment begins, pads can but fill up a dense row at its end.
+  if tokens.starts is not None:
+    segments = sequence.everywhere(tokens.segments)
+    convolve = lambda x, kernel: lag_by_lag(x, segments, kernel)
+  y = prefix.by_channel(lambda x, h: convolve(x, h.T), x, kernel.T)
+  return y, None
+
+
+def lag_by_lag(x, segments, kernel):
+  """The same for rows with pads, of one document or of several."""
   exact = jnp.result_type(jnp.float32, x, kernel)
   # A stable sort moves pads behind the tokens of their row: inside a document
   # the token l places before in the array is then the one l before in order.
-  order = jnp.argsort(~tokens.valid, axis=1, stable=True)[..., None]
+  order = jnp.argsort(segments == 0, axis=1, stable=True)[..., None]
   back = jnp.argsort(order, axis=1)
-  segments = jnp.take_along_axis(tokens.segments[..., None], order, axis=1)
+  segments = jnp.take_along_axis(segments[..., None], order, axis=1)
   squeezed = jnp.take_along_axis(x, order, axis=1).astype(exact)
   at = jnp.arange(x.shape[1])[:, None]
 
@@ -77,6 +86,8 @@ class BaseConv(Mixer):
 
   taps: int = 1024
 
+  strategies = ('channels',)
+
   def check(self, width):
     if self.taps < 1:
       raise ValueError(f'base_conv: taps={self.taps} must be at least 1')
@@ -95,8 +106,9 @@ class BaseConv(Mixer):
     param = lambda name, init, *shape: place.whole(
       self.param(name, init, shape, self.policy.param_dtype)
     )
-    mixed = sequence.run(
-      attend, x, tokens, weights=(param('kernel', filters, self.taps, width),)
+    kernel = param('kernel', filters, self.taps, width)
+    mixed, memory = sequence.stream(
+      attend, x, tokens, memory, weights=(kernel,)
     )
     bias = param('bias', nn.initializers.zeros, width)
     gate = Linear(width, bias=True, policy=self.policy, name='gate')(x)

@@ -17,10 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import conv, delta
+from jaxattn.core import delta
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear, Norm, ShortConv
-from jaxattn.parallel import sequence
+from jaxattn.parallel import prefix, sequence
 from jaxattn.spec import Spec
 from jaxattn.state import ConvTail, MatrixState
 
@@ -59,14 +59,14 @@ def attend(qkv, beta, tokens, memory, kernel):
   places = {'valid': tokens.valid, 'starts': tokens.starts}
   tail = None if memory is None else memory['tail'].tail
   # Wide from here on: made a unit, a short key magnifies its rounding errors.
-  wide, tail = conv.short(_exact(qkv), kernel, tail=tail, **places)
+  wide, tail = prefix.short(_exact(qkv), kernel, tail=tail, **places)
   tail = tail.astype(qkv.dtype)
   q, k, v = (
     part.reshape(*part.shape[:2], beta.shape[2], -1)
     for part in jnp.split(jax.nn.silu(wide), 3, axis=-1)
   )
   state = None if memory is None else memory['state'].matrix
-  o, state = delta.delta(
+  o, state = prefix.delta(
     delta.unit(q) * q.shape[-1] ** -0.5,
     delta.unit(k),
     v,
@@ -91,6 +91,8 @@ class DeltaNet(Mixer):
 
   heads: int = 4
   conv_taps: int = 4
+
+  strategies = ('prefix',)
 
   def check(self, width):
     if width % self.heads:
@@ -117,7 +119,7 @@ class DeltaNet(Mixer):
       to, policy=self.policy, name=name, **kw
     )
     kernel = ShortConv(self.conv_taps, self.policy, name='conv')(3 * width)
-    o, memory = sequence.run(
+    o, memory = sequence.stream(
       attend,
       linear(3 * width, 'qkv')(x),
       jax.nn.sigmoid(_exact(linear(self.heads, 'beta')(x))),

@@ -17,10 +17,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import conv, delta, gates
+from jaxattn.core import delta, gates
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear, Norm, ShortConv
-from jaxattn.parallel import place, sequence
+from jaxattn.parallel import place, prefix, sequence
 from jaxattn.spec import Spec
 from jaxattn.state import ConvTail, MatrixState
 
@@ -63,7 +63,7 @@ def attend(qkv, beta, log_decay, tokens, memory, kernel, *, keys):
   places = {'valid': tokens.valid, 'starts': tokens.starts}
   tail = None if memory is None else memory['tail'].tail
   # Wide from here on: made a unit, a short key magnifies its rounding errors.
-  wide, tail = conv.short(qkv.astype(beta.dtype), kernel, tail=tail, **places)
+  wide, tail = prefix.short(qkv.astype(beta.dtype), kernel, tail=tail, **places)
   tail = tail.astype(qkv.dtype)
   q, k, v = (
     part.reshape(*part.shape[:2], beta.shape[2], -1)
@@ -71,7 +71,7 @@ def attend(qkv, beta, log_decay, tokens, memory, kernel, *, keys):
   )
   q = delta.unit(q) * q.shape[-1] ** -0.5
   state = None if memory is None else memory['state'].matrix
-  o, state = delta.delta(
+  o, state = prefix.delta(
     q, delta.unit(k), v, beta, log_decay, state=state, **places
   )
   return o, {'state': MatrixState(state), 'tail': ConvTail(tail)}
@@ -96,6 +96,8 @@ class GatedDeltaNet(Mixer):
   conv_taps: int = 4
   dt_min: float = 1e-3
   dt_max: float = 1e-1
+
+  strategies = ('prefix',)
 
   def widths(self, width: int) -> tuple[int, int]:
     """Widths of all keys and of all values."""
@@ -147,7 +149,7 @@ class GatedDeltaNet(Mixer):
     )
     taps = ShortConv(self.conv_taps, self.policy, name='conv')
     kernel = taps(2 * keys + values)
-    o, memory = sequence.run(
+    o, memory = sequence.stream(
       lambda *arrays: attend(*arrays, keys=keys),
       linear(2 * keys + values, 'qkv')(x),
       jax.nn.sigmoid(beta.astype(exact)),

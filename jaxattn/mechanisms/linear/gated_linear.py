@@ -15,10 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import conv, recurrence
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear, Norm, ShortConv
-from jaxattn.parallel import sequence
+from jaxattn.parallel import prefix, sequence
 from jaxattn.spec import Spec
 from jaxattn.state import ConvTail, MatrixState
 
@@ -62,7 +61,7 @@ def attend(qkv, log_decay, tokens, memory, kernel, *, heads):
   after = {}
   if kernel is not None:
     tail = memory['tail'].tail if memory else None
-    qkv, tail = conv.short(qkv, kernel, tail=tail, **places)
+    qkv, tail = prefix.short(qkv, kernel, tail=tail, **places)
     qkv = jax.nn.silu(qkv)
     after['tail'] = ConvTail(tail)
   keys = log_decay.shape[2] * log_decay.shape[3]
@@ -71,7 +70,7 @@ def attend(qkv, log_decay, tokens, memory, kernel, *, heads):
     for part in jnp.split(qkv, [keys, 2 * keys], axis=-1)
   )
   state = memory['state'].matrix if memory else None
-  o, state = recurrence.gated(
+  o, state = prefix.gated(
     q * q.shape[-1] ** -0.5, k, v, log_decay, state=state, **places
   )
   return o, after | {'state': MatrixState(state)}
@@ -93,6 +92,8 @@ class GatedLinear(Mixer):
   value_share: float = 1.0
   rank: int = 16
   conv_taps: int = 0
+
+  strategies = ('prefix',)
 
   def widths(self, width: int) -> tuple[int, int]:
     """Widths of all keys and of all values."""
@@ -137,7 +138,7 @@ class GatedLinear(Mixer):
     if self.conv_taps:
       taps = ShortConv(self.conv_taps, self.policy, name='conv')
       kernel = taps(2 * keys + values)
-    o, memory = sequence.run(
+    o, memory = sequence.stream(
       lambda *arrays: attend(*arrays, heads=self.heads),
       linear(2 * keys + values, 'qkv')(x),
       log_decay,

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn import nn as layers
-from jaxattn.core import features, recurrence
+from jaxattn.core import features
 from jaxattn.mixer import Mixer
-from jaxattn.parallel import sequence
+from jaxattn.parallel import prefix, sequence
 from jaxattn.registry import did_you_mean
 from jaxattn.spec import Spec
 from jaxattn.state import MatrixState
@@ -51,7 +51,7 @@ def attend(q, k, v, tokens, memory, *, feature, normalise):
   values = v.astype(jnp.promote_types(v.dtype, jnp.float32))
   if normalise:
     values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
-  o, state = recurrence.gated(
+  o, state = prefix.gated(
     phi(q),
     phi(k),
     values,
@@ -76,6 +76,8 @@ class Linear(Mixer):
   heads: int = 4
   feature: str = 'elu'
   normalise: bool = True
+
+  strategies = ('prefix',)
 
   def check(self, width):
     if width % self.heads:
@@ -103,7 +105,7 @@ class Linear(Mixer):
     width = x.shape[-1]
     split = (self.heads, width // self.heads)
     project = lambda name: layers.Linear(split, policy=self.policy, name=name)
-    o, memory = sequence.run(
+    o, memory = sequence.stream(
       lambda *arrays: attend(
         *arrays, feature=self.feature, normalise=self.normalise
       ),

@@ -28,10 +28,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.core import features as maps
-from jaxattn.core import recurrence
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
-from jaxattn.parallel import place, sequence
+from jaxattn.parallel import place, prefix, sequence
 from jaxattn.spec import Spec
 from jaxattn.state import MatrixState
 
@@ -63,13 +62,13 @@ def attend(q, k, v, tokens, memory, directions):
   """The same in chunks: 'b t h d' projections to 'b t h e', and the memory."""
   places = {'valid': tokens.valid, 'starts': tokens.starts}
   log_q, log_k = (maps.log_softmax(x, directions) for x in (q, k))
-  phi_k, log_decay, peak = maps.keys_in_range(
+  phi_k, log_decay, peak = prefix.keys_in_range(
     log_k, peak=None if memory is None else memory['peak'], **places
   )
   # One more channel, always 1, sums up the denominator.
   values = v.astype(phi_k.dtype)
   values = jnp.concatenate([values, jnp.ones_like(values[..., :1])], axis=-1)
-  o, state = recurrence.gated(
+  o, state = prefix.gated(
     maps.query_in_range(log_q),
     phi_k,
     values,
@@ -94,6 +93,8 @@ class Performer(Mixer):
   heads: int = 4
   features: int = 64
   redraw: int = 1000
+
+  strategies = ('prefix',)
 
   def check(self, width):
     if width % self.heads:
@@ -142,7 +143,7 @@ class Performer(Mixer):
     width = x.shape[-1]
     split = (self.heads, width // self.heads)
     project = lambda name: Linear(split, policy=self.policy, name=name)
-    o, memory = sequence.run(
+    o, memory = sequence.stream(
       attend,
       project('query')(x),
       project('key')(x),

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.core import recurrence, rope
+from jaxattn.core import rope
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
-from jaxattn.parallel import sequence
+from jaxattn.parallel import prefix, sequence
 from jaxattn.spec import Spec
 from jaxattn.state import MatrixState
 
@@ -59,7 +59,7 @@ def attend(q, k, v, tokens, memory, *, reach):
   """The same in chunks: 'b t h d' projections to 'b t h e', and the memory."""
   v = v.astype(jnp.promote_types(v.dtype, jnp.float32))
   log_decay = jnp.asarray(np.log1p(-1 / reach), v.dtype)[:, None]
-  o, state = recurrence.gated(
+  o, state = prefix.gated(
     rope.rotate(q, tokens.positions) * q.shape[-1] ** -0.5,
     rope.rotate(k, tokens.positions),
     v,
@@ -93,6 +93,8 @@ class Retention(Mixer):
   value_share: float = 2.0
   shortest: float = 32.0
   longest: float | None = None
+
+  strategies = ('prefix',)
 
   def reach(self) -> np.ndarray:
     """1 / (1 - g) of every head, in tokens."""
@@ -130,7 +132,7 @@ class Retention(Mixer):
     project = lambda to, name: Linear(
       (h, to // h), policy=self.policy, name=name
     )
-    o, memory = sequence.run(
+    o, memory = sequence.stream(
       lambda *arrays: attend(*arrays, reach=self.reach()),
       project(width, 'query')(x),
       project(width, 'key')(x),

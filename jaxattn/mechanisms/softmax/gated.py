@@ -62,7 +62,9 @@ def reference(
 
 def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks. Gates are of a token, and stay outside."""
-  return cached.attend(q, k, v, tokens, memory, score, **rule)
+  return cached.attend(
+    *(q, k, v, tokens, memory, score), engine=sequence.attention, **rule
+  )
 
 
 class Gated(Mixer):
@@ -88,6 +90,7 @@ class Gated(Mixer):
   position: str | Mapping[str, Any] = 'rope'
 
   implementations = softmax.IMPLEMENTATIONS
+  strategies = tuple(sequence.STRATEGIES)
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -132,10 +135,8 @@ class Gated(Mixer):
       gated(linear(split, name)(x), name) for name in ('query', 'key', 'value')
     )
     mask = masks.Causal() if self.causal else masks.Everything()
-    o, memory = sequence.run(
-      lambda *arrays: attend(
-        *arrays, mask=mask, implementation=self.policy.implementation
-      ),
+    o, memory = sequence.stream(
+      lambda *arrays: attend(*arrays, mask=mask, **self.policy.attention),
       encoding.rotate(q, places),
       encoding.rotate(k, places),
       v,

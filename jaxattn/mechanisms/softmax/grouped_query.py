@@ -51,7 +51,9 @@ def reference(params, x, *, causal=True, add=0, rotate=None, bias=0, **_):
 
 def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks, key heads never repeated."""
-  return cached.attend(q, k, v, tokens, memory, score, **rule)
+  return cached.attend(
+    *(q, k, v, tokens, memory, score), engine=sequence.attention, **rule
+  )
 
 
 def from_multi_head(params, kv_heads: int):
@@ -95,6 +97,7 @@ class GroupedQuery(Mixer):
   position: str | Mapping[str, Any] = 'rope'
 
   implementations = softmax.IMPLEMENTATIONS
+  strategies = tuple(sequence.STRATEGIES)
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -126,10 +129,8 @@ class GroupedQuery(Mixer):
     places = tokens.positions
     x = encoding.add(x, places)
     mask = masks.Causal() if self.causal else masks.Everything()
-    o, memory = sequence.run(
-      lambda *arrays: attend(
-        *arrays, mask=mask, implementation=self.policy.implementation
-      ),
+    o, memory = sequence.stream(
+      lambda *arrays: attend(*arrays, mask=mask, **self.policy.attention),
       encoding.rotate(project(self.heads, 'query')(x), places),
       encoding.rotate(project(self.kv_heads, 'key')(x), places),
       project(self.kv_heads, 'value')(x),

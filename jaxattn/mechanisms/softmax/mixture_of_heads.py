@@ -85,7 +85,9 @@ def margin(params, x, *, shared, top_k, add=0, **_):
 
 def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks. Gates are of a token, and stay outside."""
-  return cached.attend(q, k, v, tokens, memory, score, **rule)
+  return cached.attend(
+    *(q, k, v, tokens, memory, score), engine=sequence.attention, **rule
+  )
 
 
 def from_multi_head(params, shared: int):
@@ -131,6 +133,7 @@ class MixtureOfHeads(Mixer):
   position: str | Mapping[str, Any] = 'rope'
 
   implementations = softmax.IMPLEMENTATIONS
+  strategies = tuple(sequence.STRATEGIES)
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -162,10 +165,8 @@ class MixtureOfHeads(Mixer):
     places = tokens.positions
     x = encoding.add(x, places)
     mask = masks.Causal() if self.causal else masks.Everything()
-    o, memory = sequence.run(
-      lambda *arrays: attend(
-        *arrays, mask=mask, implementation=self.policy.implementation
-      ),
+    o, memory = sequence.stream(
+      lambda *arrays: attend(*arrays, mask=mask, **self.policy.attention),
       encoding.rotate(linear(split, 'query')(x), places),
       encoding.rotate(linear(split, 'key')(x), places),
       linear(split, 'value')(x),

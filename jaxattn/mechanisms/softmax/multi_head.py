@@ -59,15 +59,18 @@ def reference(
 
 def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks; keys come from the memory once it holds this chunk."""
-  return cached.attend(q, k, v, tokens, memory, score, **rule)
+  return cached.attend(
+    *(q, k, v, tokens, memory, score), engine=sequence.attention, **rule
+  )
 
 
 def attend_context(q, tokens, context, **rule):
   """Cross attention: every context token of the query's own segment."""
-  return softmax.attention(
+  return sequence.attention(
     q,
     context.keys,
     context.values,
+    mask=masks.Everything(),
     query_segments=tokens.segments,
     key_segments=context.segments,
     **rule,
@@ -92,6 +95,7 @@ class MultiHead(Mixer):
 
   reads_context = True
   implementations = softmax.IMPLEMENTATIONS
+  strategies = tuple(sequence.STRATEGIES)
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -125,9 +129,7 @@ class MultiHead(Mixer):
         read = read.astype(x.dtype)
         context = ContextKV(key(read), value(read), places.segments)
       o = sequence.run(
-        functools.partial(
-          attend_context, implementation=self.policy.implementation
-        ),
+        functools.partial(attend_context, **self.policy.attention),
         query(x),
         tokens,
         context,
@@ -138,10 +140,8 @@ class MultiHead(Mixer):
     places = tokens.positions
     x = encoding.add(x, places)
     mask = masks.Causal() if self.causal else masks.Everything()
-    o, memory = sequence.run(
-      lambda *arrays: attend(
-        *arrays, mask=mask, implementation=self.policy.implementation
-      ),
+    o, memory = sequence.stream(
+      lambda *arrays: attend(*arrays, mask=mask, **self.policy.attention),
       encoding.rotate(query(x), places),
       encoding.rotate(key(x), places),
       value(x),

@@ -13,6 +13,7 @@ may be cut anywhere; a number fixes b.
 Cost for one row: time O(t^2 d), state 2 t h d numbers, parameters 4 m h d.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,15 +55,15 @@ def reference(
   return jnp.einsum('bthe,hem->btm', o, params['out']['kernel'])
 
 
-def attend(q, k, v, tokens, memory, score, *, mask, offset):
+def attend(q, k, v, tokens, memory, score, *, offset, **rule):
   """The same in blocks, partial results added up."""
   if offset is None:
     offset = -jnp.log(tokens.order[..., None] + 1.0)
   return cached.attend(
     *(q, k, v, tokens, memory, score),
-    mask=mask,
-    engine=sigmoid.attention,
+    engine=functools.partial(sequence.attention, engine=sigmoid.attention),
     offset=offset,
+    **rule,
   )
 
 
@@ -82,6 +83,8 @@ class Sigmoid(Mixer):
   causal: bool = True
   offset: float | None = None
   position: str | Mapping[str, Any] = 'rope'
+
+  strategies = tuple(sequence.STRATEGIES)
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -111,8 +114,10 @@ class Sigmoid(Mixer):
     places = tokens.positions
     x = encoding.add(x, places)
     mask = masks.Causal() if self.causal else masks.Everything()
-    o, memory = sequence.run(
-      lambda *arrays: attend(*arrays, mask=mask, offset=self.offset),
+    o, memory = sequence.stream(
+      lambda *arrays: attend(
+        *arrays, mask=mask, offset=self.offset, strategy=self.policy.strategy
+      ),
       encoding.rotate(project('query')(x), places),
       encoding.rotate(project('key')(x), places),
       project('value')(x),

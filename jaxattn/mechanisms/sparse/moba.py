@@ -88,7 +88,9 @@ def margin(params, x, *, block, top_k, add=0, rotate=None, **_):
 
 def attend(q, k, v, tokens, memory, *, block, top_k, implementation):
   """The same without the mask: a query's own block, then those it chooses."""
-  keys, values, order, segments = k, v, tokens.order, tokens.segments
+  keys, values, order, segments = sequence.everywhere(
+    (k, v, tokens.order, tokens.segments)
+  )
   if memory is not None:
     (keys, values, order, segments, _), memory = memory.read(k, v, tokens)
   own = softmax.attention(
@@ -161,7 +163,7 @@ class Moba(Mixer):
     encoding = position(self.position, policy=self.policy, name='position')
     places = tokens.positions
     x = encoding.add(x, places)
-    o, memory = sequence.run(
+    o, memory = sequence.stream(
       lambda *arrays: attend(
         *arrays,
         block=self.block,

@@ -53,7 +53,9 @@ def reference(params, x, *, window, sinks=0, add=0, rotate=None, bias=0, **_):
 
 def attend(q, k, v, tokens, memory, score, **rule):
   """The same in blocks: tiles outside the window are never touched."""
-  return cached.attend(q, k, v, tokens, memory, score, **rule)
+  return cached.attend(
+    *(q, k, v, tokens, memory, score), engine=sequence.attention, **rule
+  )
 
 
 class SlidingWindow(Mixer):
@@ -74,6 +76,7 @@ class SlidingWindow(Mixer):
   position: str | Mapping[str, Any] = 'rope'
 
   implementations = softmax.IMPLEMENTATIONS
+  strategies = tuple(sequence.STRATEGIES)
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
@@ -108,10 +111,8 @@ class SlidingWindow(Mixer):
     if self.sinks:
       mask = mask | masks.Sinks(self.sinks)
     mask = masks.Causal() & mask
-    o, memory = sequence.run(
-      lambda *arrays: attend(
-        *arrays, mask=mask, implementation=self.policy.implementation
-      ),
+    o, memory = sequence.stream(
+      lambda *arrays: attend(*arrays, mask=mask, **self.policy.attention),
       encoding.rotate(project('query')(x), places),
       encoding.rotate(project('key')(x), places),
       project('value')(x),

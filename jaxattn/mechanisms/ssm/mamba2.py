@@ -21,10 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import conv, gates, recurrence
+from jaxattn.core import gates
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear, Norm, ShortConv
-from jaxattn.parallel import place, sequence
+from jaxattn.parallel import place, prefix, sequence
 from jaxattn.spec import Spec
 from jaxattn.state import ConvTail, MatrixState
 
@@ -65,7 +65,7 @@ def attend(u, dt, log_decay, tokens, memory, kernel, skip, *, groups, size):
   """The same in chunks: 'b t f' projections to 'b t h e', and the memory."""
   places = {'valid': tokens.valid, 'starts': tokens.starts}
   tail = None if memory is None else memory['tail'].tail
-  u, tail = conv.short(u, kernel, tail=tail, **places)
+  u, tail = prefix.short(u, kernel, tail=tail, **places)
   u = jax.nn.silu(u.astype(dt.dtype))
   heads, inner = dt.shape[2], u.shape[2] - 2 * groups * size
   v, keys, queries = jnp.split(u, [inner, inner + groups * size], axis=-1)
@@ -75,7 +75,7 @@ def attend(u, dt, log_decay, tokens, memory, kernel, skip, *, groups, size):
     for a in (keys, queries)
   )
   state = None if memory is None else memory['state'].matrix
-  o, state = recurrence.gated(
+  o, state = prefix.gated(
     queries,
     keys,
     dt[..., None] * v,
@@ -108,6 +108,8 @@ class Mamba2(Mixer):
   conv_taps: int = 4
   dt_min: float = 1e-3
   dt_max: float = 1e-1
+
+  strategies = ('prefix',)
 
   def widths(self, width: int) -> tuple[int, int]:
     """The inner width, and the width of what the convolution reads."""
@@ -159,7 +161,7 @@ class Mamba2(Mixer):
     log_rate = per_head('log_rate', gates.log_rates(1, 16))
     skip = per_head('skip', nn.initializers.ones)
     dt = jax.nn.softplus(dt.astype(exact) + bias)
-    o, memory = sequence.run(
+    o, memory = sequence.stream(
       lambda *arrays: attend(*arrays, groups=self.groups, size=self.state_size),
       u,
       dt,

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxattn.core import ssm
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
-from jaxattn.parallel import place, sequence
+from jaxattn.parallel import place, prefix, sequence
 from jaxattn.spec import Spec
 from jaxattn.state import VectorState
 
@@ -50,9 +50,11 @@ def reference(params, x, **_):
 def attend(u, tokens, memory, a, c, log_dt):
   """The same by FFT if nothing but a dense row is asked for, else by scan."""
   log_a, b_bar = ssm.discretise(a, jnp.ones_like(a), log_dt)
-  if memory is None and tokens.valid is None:
-    return ssm.convolve(u, ssm.kernel(log_a, b_bar, c, u.shape[1])), None
-  z, state = ssm.scan(
+  # Where no segment begins, pads can but fill up a dense row at its end.
+  if memory is None and tokens.starts is None:
+    convolve = lambda u, *bank: ssm.convolve(u, ssm.kernel(*bank, u.shape[1]))
+    return prefix.by_channel(convolve, u, log_a, b_bar, c), None
+  z, state = prefix.scan(
     u,
     log_a,
     b_bar,
@@ -76,6 +78,8 @@ class S4D(Mixer):
   modes: int = 32
   dt_min: float = 1e-3
   dt_max: float = 1e-1
+
+  strategies = ('prefix', 'channels')
 
   def check(self, width):
     if self.modes < 1 or not 0 < self.dt_min <= self.dt_max:
@@ -112,7 +116,7 @@ class S4D(Mixer):
 
     # Wide up to the gate: gradients of dt are sums over time that cancel.
     u = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    z, memory = sequence.run(
+    z, memory = sequence.stream(
       attend,
       u,
       tokens,

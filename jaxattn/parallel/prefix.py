@@ -1,0 +1,242 @@
+"""Recurrences over devices: the state that enters a device's part of time.
+
+Sun et al. 2025, "LASP-2: Rethinking Sequence Parallelism for Linear Attention
+and Its Hybrid", https://arxiv.org/abs/2502.07563; the associative form is that
+of Blelloch 1990, "Prefix Sums and Their Applications".
+
+However long a part of a sequence is, all that it does to a state S is
+
+    S -> A S + B        A is what becomes of the past, B what is written anew
+
+so devices need not wait for each other's tokens. Each finds its own pair from
+its own tokens; an all-gather brings it those of all; it applies those before
+its own, in their order, and so has the state that enters; from there the engine
+runs as on one device. What is sent has the size of states, not of a sequence.
+
+A pad is the identity. A segment that begins makes A = 0: the past is forgotten.
+What A is, and how a pair is found, is the engine's affair:
+
+    gated recurrence    a diagonal, exp of the sum of all log-decays. B is one
+                        matrix product (`recurrence.effect`).
+    state space         the same in complex numbers (`ssm.effect`).
+    delta rule          the product of all (I - beta k k^T): a matrix a head.
+    largest exponent    of Performer's keys: S -> max(S, B).
+    short convolution   S is the last few tokens: S moves up by as many as the
+                        part has, and B stands in their place.
+
+Each function here is the one of its name in `core`, over however many devices
+hold the time axis, which has to be contiguous: each holds what comes before the
+tokens of the next. Results are those of one device; the state that is returned
+is the one after the device's own tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxattn.core import conv, features, recurrence, ssm
+from jaxattn.core import delta as rule
+from jaxattn.parallel import halo, sequence, ulysses
+from jaxattn.parallel import mesh as meshes
+
+
+def gated(q, k, v, log_decay=None, *, state=None, valid=None, starts=None):
+  """`recurrence.gated`, with its arguments, results and errors."""
+  places = {'valid': valid, 'starts': starts}
+  if sequence.parts(k) > 1:
+    # Computed again backward: it then keeps its inputs alone, as the engine
+    # does anyway.
+    effect = jax.checkpoint(recurrence.effect)(k, v, log_decay, **places)
+    state = enter(_before(state, effect[1]), effect, _fade)
+  return recurrence.gated(q, k, v, log_decay, state=state, **places)
+
+
+def scan(u, log_a, b_bar, c, *, state=None, valid=None, starts=None):
+  """`ssm.scan`, with its arguments and results."""
+  places = {'valid': valid, 'starts': starts}
+  log_a, b_bar, c = _varying((log_a, b_bar, c), u)
+  if sequence.parts(u) > 1:
+    effect = jax.checkpoint(ssm.effect)(u, log_a, b_bar, **places)
+    state = enter(_before(state, effect[1]), effect, _fade)
+  return ssm.scan(u, log_a, b_bar, c, state=state, **places)
+
+
+def delta(
+  q, k, v, beta, log_decay=None, *, state=None, valid=None, starts=None
+):
+  """`delta.delta`, with its arguments and results.
+
+  The rule is linear in the state and the values together, so one run does for
+  two. Over the values [v | 0], from the state [0 | I], it ends in [B | A], and
+  its outputs are [o_t | A_t^T q_t]: o_t of a part that starts from nothing, and
+  A_t the product up to t. The state S that enters adds S^T A_t^T q_t to o_t.
+  """
+  places = {'valid': valid, 'starts': starts}
+  if sequence.parts(k) == 1:
+    return rule.delta(q, k, v, beta, log_decay, state=state, **places)
+  (*_, d), e = k.shape, v.shape[-1]
+  values = v.astype(jnp.result_type(jnp.float32, q, k, v))
+  values = jnp.concatenate([values, jnp.zeros_like(k, values.dtype)], axis=-1)
+  start = jnp.zeros_like(k[:, 0], values.dtype)[..., None]
+  start += jnp.eye(d, e + d, e, values.dtype)
+  o, after = rule.delta(q, k, values, beta, log_decay, state=start, **places)
+  o, reach = jnp.split(o, [e], axis=-1)
+
+  def then(state, after):
+    written, kept = jnp.split(after, [e], axis=-1)
+    return _product(kept, state) + written
+
+  state = enter(_before(state, after[..., :e]), after, then)
+  o += jnp.einsum('bthd,bhde->bthe', reach, state)
+  return o.astype(v.dtype), then(state, after)
+
+
+def keys_in_range(log_k, *, peak=None, valid=None, starts=None):
+  """`features.keys_in_range`, with its arguments and results."""
+  places = {'valid': valid, 'starts': starts}
+  if sequence.parts(log_k) > 1:
+    *_, top = features.keys_in_range(log_k, **places)
+    begun = _begun(top[:, :1], **places)
+    nothing = jnp.full_like(top, features.LOWEST)
+    peak = nothing if peak is None else _before(peak, top)
+
+    def then(peak, effect):
+      begun, top = effect
+      return jnp.where(begun, top, jnp.maximum(peak, top))
+
+    peak = enter(peak, (begun, top), then)
+  return features.keys_in_range(log_k, peak=peak, **places)
+
+
+def short(x, kernel, *, tail=None, valid=None, starts=None):
+  """`conv.short`, with its arguments, results and errors."""
+  places = {'valid': valid, 'starts': starts}
+  kernel = _varying(kernel, x)
+  if sequence.parts(x) > 1 and kernel.shape[0] > 1:
+    tail = _tail(x, kernel, tail, **places)
+  return conv.short(x, kernel, tail=tail, **places)
+
+
+def _tail(x, kernel, tail, valid, starts):
+  """The last tokens before this part, 'b w-1 m'."""
+  t, size = x.shape[1], kernel.shape[0] - 1
+  if tail is None and valid is None and starts is None and t >= size:
+    # The neighbour has them all.
+    return halo.extend(x[:, -size:], meshes.SEQ, size)[:, :size]
+  _, own = conv.short(x, kernel, valid=valid, starts=starts)
+  count = t if valid is None else jnp.sum(valid, axis=1, keepdims=True)
+  # All that came before a segment moves out when it begins.
+  moves = jnp.where(_begun(x[:, :1, 0], valid, starts), size, count)
+  moves = jnp.minimum(moves, size)
+
+  def then(tail, effect):
+    moves, own = effect
+    tail = jnp.pad(tail, [(0, 0), (0, size), (0, 0)])
+    at = moves + jnp.arange(size)
+    return jnp.take_along_axis(tail, at[..., None], axis=1) + own
+
+  return enter(_before(tail, own), (moves, own), then)
+
+
+def by_channel(engine, x, *weights):
+  """`engine(x, *weights)` for what mixes over time, but no channels.
+
+  Devices exchange channels for time: each has all tokens of some channels, and
+  afterwards its own tokens again. Channels that do not divide are filled up
+  with zeros. What is sent grows with a device's part of time.
+
+  Args:
+    engine: a pure function of 'b t m' and weights that returns 'b t m', whose
+      t is all of time.
+    x: 'b t m', one device's part.
+    *weights: 'm ...' of all channels.
+  """
+  parts, weights = sequence.parts(x), _varying(weights, x)
+  if parts == 1:
+    return engine(x, *weights)
+  group, m = ulysses.Group(meshes.SEQ, parts), x.shape[-1]
+
+  def filled(x, axis):
+    fill = [(0, 0)] * x.ndim
+    fill[axis] = (0, -m % parts)
+    return jnp.pad(x, fill)
+
+  weights = [group.my_heads(filled(w, 0)) for w in weights]
+  y = engine(group.heads_for_time(filled(x, 2)), *weights)
+  return group.time_for_heads(y)[..., :m]
+
+
+def enter(state, effect, then):
+  """The state that enters a device's part of time.
+
+  Args:
+    state: what came before the tokens of all devices.
+    effect: what this device's do to a state, a pytree of fixed shapes.
+    then: (state, effect) -> the state after them.
+  """
+
+  @jax.checkpoint  # so that what all others sent is not kept
+  def fold(state, effect):
+    effects = jax.tree.map(_of_all, effect)
+    here = lax.axis_index(meshes.SEQ)
+
+    def step(state, of):
+      i, effect = of
+      return jnp.where(i < here, then(state, effect), state), None
+
+    numbers = jnp.arange(lax.axis_size(meshes.SEQ))
+    return lax.scan(step, state, (numbers, effects))[0]
+
+  return fold(state, effect)
+
+
+def _of_all(x):
+  """What every device has, 'n ...'.
+
+  Complex numbers go as pairs: the gradient adds what comes back from all, and
+  not every compiler has a reduce_scatter of complex sums.
+  """
+  gather = lambda x: lax.all_gather(x, meshes.SEQ)
+  if jnp.iscomplexobj(x):
+    return lax.complex(gather(x.real), gather(x.imag))
+  return gather(x)
+
+
+def _varying(weights, x):
+  """Weights that vary over the mesh as `x` does.
+
+  Their gradients are then summed over devices once, and not wherever they are
+  used, which may be in a loop or for every token.
+  """
+
+  def own(w):
+    axes = jax.typeof(x).manual_axis_type.varying
+    axes -= jax.typeof(w).manual_axis_type.varying
+    return lax.pcast(w, tuple(sorted(axes)), to='varying') if axes else w
+
+  return jax.tree.map(own, weights)
+
+
+def _before(state, like):
+  """A state that is given, or none, laid out over the mesh as `like`."""
+  zeros = jnp.zeros_like(like)
+  return zeros if state is None else zeros + state.astype(zeros.dtype)
+
+
+def _fade(state, effect):
+  """S -> A S + B for a diagonal A."""
+  kept, written = effect
+  return kept * state + written
+
+
+def _product(x, y):
+  """x y in full precision: errors made here compound from device to device."""
+  return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+
+def _begun(like, valid, starts):
+  """Whether a segment begins in this part: 'b 1', as `like` is."""
+  if starts is None:
+    return jnp.zeros_like(like, bool)
+  starts = starts if valid is None else starts & valid
+  return jnp.any(starts, axis=1, keepdims=True)

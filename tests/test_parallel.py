@@ -1,0 +1,520 @@
+"""Attention over eight devices is that over one, by every strategy.
+
+The oracle is the formula with a dense matrix of who sees whom, in float64. Time
+over devices may err twice as much as the formula does in float32 (the error
+rule), and a tenth more than one device does.
+
+A process chooses once how many devices it simulates: this file, as a program,
+prints what it found.
+"""
+
+import contextlib
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxattn.parallel import gather, halo, ring, sequence, stripe, ulysses
+from pallas_kernels import flash
+from pallas_kernels.blocks import Blocks
+from pallas_kernels.dropout import Dropout
+from pallas_kernels.masks import Causal, Everything, Sinks, Window
+from pallas_kernels.scores import Difference, Relative, Score, Slopes
+from tests import devices
+from tests.test_flash_tpu import WEIGHTS, draw, error, formula, number
+
+N, T = 8, 96
+EPS = float(jnp.finfo(jnp.float32).eps)
+AT = 'seq'
+AUTO = (jax.sharding.AxisType.Auto,)
+
+
+def packed():
+  """Documents that end inside of parts, at their ends, and after several."""
+  segments = np.stack(
+    [
+      np.repeat([1, 2, 3, 0], [30, 18, 40, 8]),
+      np.repeat([0, 4, 5, 0, 5], [12, 24, 20, 24, 16]),
+    ]
+  )
+  order = np.zeros_like(segments)
+  for row, own in zip(order, segments):
+    for segment in np.unique(own):
+      row[own == segment] = np.arange((own == segment).sum())
+  return {
+    f'{side}_{what}': x
+    for side in ('query', 'key')
+    for what, x in (('order', order), ('segments', segments))
+  }
+
+
+def laid(layout):
+  order = stripe.order(T, N, layout)
+  return {'query_order': order, 'key_order': order}
+
+
+def loud():
+  """Scores of one head are all far above 0, of the other all far below."""
+  q, k, *rest = draw(2, T, T, 2, 1, 64, 32, seed=3)
+  q = 15 * np.abs(q) * np.array([1, -1])[:, None]
+  return q, np.abs(k), *rest
+
+
+PLAIN = draw(2, T, T, 4, 2, 16, 24)
+LATE = {'query_order': np.arange(T) + 64}  # queries after 64 keys of 160
+DENSE = {'query_order': np.arange(T), 'key_order': np.arange(T)}
+# arrays, what `flash.attention` takes, and numbers for a score, bias or sinks.
+CASES = {
+  'causal': (PLAIN, {'mask': Causal(), **DENSE}, {}),
+  'window': (PLAIN, {'mask': Causal() & Window(9), **DENSE}, {}),
+  'far window': (PLAIN, {'mask': Causal() & Window(30), **DENSE}, {}),
+  'both ways': (draw(1, T, T, 3, 3), {'mask': Window(9, 4), **DENSE}, {}),
+  'first keys': (
+    PLAIN,
+    {'mask': Causal() & (Window(9) | Sinks(2)), **DENSE},
+    {},
+  ),
+  'packed': (PLAIN, {'mask': Causal(), **packed()}, {}),
+  'packed window': (PLAIN, {'mask': Causal() & Window(9), **packed()}, {}),
+  'striped': (PLAIN, {'mask': Causal(), **laid('striped')}, {}),
+  'zigzag': (PLAIN, {'mask': Causal() & Window(30), **laid('zigzag')}, {}),
+  'loud': (loud(), {'mask': Everything(), **DENSE}, {}),
+  'other keys': (
+    draw(2, T, 160, 4, 1),
+    {'mask': Causal(), **LATE, 'key_order': np.arange(160) * 2},
+    {},
+  ),
+  'slopes': (
+    draw(2, T, T, 3, 3),
+    {'mask': Causal(), 'softcap': 2.0, 'score': Slopes(), **DENSE},
+    {'heads': (number(3),)},
+  ),
+  'table': (
+    PLAIN,
+    {'mask': Causal(), 'score': Relative(4), **DENSE},
+    {'heads': (number(4, 33),)},
+  ),
+  'forget': (
+    draw(2, T, T, 4, 1),
+    {'mask': Causal(), 'score': Difference(), **DENSE},
+    {'queries': (number(2, T, 4),), 'keys': (number(1, T, 1),)},
+  ),
+  'bias': (
+    PLAIN,
+    {'mask': Causal() & Window(9), **DENSE},
+    {'bias': number(1, 4, T, T)},
+  ),
+  'bias of all heads': (
+    PLAIN,
+    {'mask': Causal(), **laid('striped')},
+    {'bias': number(2, 1, T, T)},
+  ),
+  'sinks': (PLAIN, {'mask': Causal(), **packed()}, {'sinks': number(4)}),
+}
+RING = ring.Ring(AT)
+PAIRS = ulysses.Group(AT, 2)
+STRATEGIES = {
+  'ring': ring.over(RING),
+  'gather': gather.over(AT),
+  'ulysses': ulysses.over(ulysses.Group(AT, N)),
+  'hybrid': ulysses.over(PAIRS, ring.over(ring.Ring(AT, 2))),
+}
+# Those that are for some calls only.
+MORE = {
+  ('causal', 'dense ring'): ring.over(RING, True),
+  ('far window', 'dense ring'): ring.over(RING, True),
+  ('causal', 'dense hybrid'): ulysses.over(
+    PAIRS, ring.over(ring.Ring(AT, 2), True)
+  ),
+  ('table', 'gather in groups'): gather.over(AT, 2),
+  ('bias', 'gather in groups'): gather.over(AT, 2),
+  ('window', 'halo'): halo.over(AT, 8, 0),
+  ('both ways', 'halo'): halo.over(AT, 8, 3),
+  ('bias', 'halo'): halo.over(AT, 8, 0),
+}
+
+
+def attend(q, k, v, numbers, over=None, softcap=None, score=None, **given):
+  """o and lse through `flash.attention`, on one device or inside of many."""
+  numbers = dict(numbers)
+  bias, sinks = numbers.pop('bias', None), numbers.pop('sinks', None)
+  if score is not None:
+    names = {'heads': 'operands'}
+    numbers = {names.get(name, name): x for name, x in numbers.items()}
+    score = Score(score, **numbers)
+  partial = flash.attention(
+    *(q, k, v),
+    softcap=softcap,
+    score=score,
+    bias=bias,
+    sinks=sinks,
+    over=over,
+    return_partial=True,
+    **given,
+  )
+  return flash.finish(partial)
+
+
+def with_sinks(q, k, v, numbers, **given):
+  """The formula, and one more key."""
+  sinks = numbers.get('sinks')
+  o, lse = formula(q, k, v, numbers, **given)
+  if sinks is None:
+    return o, lse
+  both = jnp.logaddexp(lse, sinks)
+  return o * jnp.exp(lse - both)[..., None], both
+
+
+ROWS = {  # where arrays of a call lie, and by the name of numbers
+  'time': jax.P(None, AT),
+  'bias': jax.P(None, None, AT),
+  'heads': jax.P(),
+  'sinks': jax.P(),
+}
+
+
+def spread(over):
+  """`attend` inside a shard_map, with the places of tokens as arguments."""
+
+  def run(q, k, v, numbers, **given):
+    where = ROWS['time']
+    places = {
+      name: jnp.atleast_2d(given.pop(name))
+      for name in list(given)
+      if name.endswith(('order', 'segments'))
+    }
+    specs = {name: ROWS.get(name, where) for name in numbers}
+    inner = lambda q, k, v, numbers, places: attend(
+      q, k, v, numbers, over, **given, **places
+    )
+    return jax.shard_map(
+      inner,
+      in_specs=(where, where, where, specs, where),
+      out_specs=(where, where),
+    )(q, k, v, numbers, places)
+
+  return run
+
+
+def results(attend, arrays, given, numbers, *weights):
+  """o, lse, and gradients of a weighed sum of both; for each weight."""
+
+  def loss(q, k, v, numbers, weight):
+    w, u = (jnp.asarray(x, q.dtype) for x in arrays[3:])
+    o, lse = attend(q, k, v, numbers, **given)
+    total = jnp.sum(o * w) + jnp.sum(jnp.where(lse > -jnp.inf, lse * u, 0))
+    return weight * total, (o, lse)
+
+  run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+  wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+  cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, wide), tree)
+  inputs = cast(arrays[:3]), cast(numbers)
+  for weight in weights:
+    (q, k, v, rest), (o, lse) = run(*inputs[0], inputs[1], weight)
+    found = {'o': o, 'lse': lse, 'dq': q, 'dk': k, 'dv': v, 'rest': rest}
+    yield {
+      jax.tree_util.keystr(path): np.asarray(x, np.float64)
+      / (1 if path[0].key in ('o', 'lse') else weight)
+      for path, x in jax.tree_util.tree_leaves_with_path(found)
+    }
+
+
+def spreads(x, exact):
+  """RMS error, relative to the RMS of the exact result."""
+  finite = np.isfinite(exact)
+  x, exact = x[finite], exact[finite]
+  rms = lambda x: np.sqrt(np.mean(np.square(x)))
+  return rms(x - exact) / (rms(exact) or 1)
+
+
+def compare(case, overs):
+  """Strategy -> where it errs too much."""
+  arrays, given, numbers = CASES[case]
+  with jax.enable_x64(True):
+    (exact,) = results(with_sinks, arrays, given, numbers, 1.0)
+
+  def errors(attend, *weights):
+    """The largest error, and the largest RMS error, over some weights."""
+    draws = list(results(attend, arrays, given, numbers, *weights))
+    return [
+      {at: max(by(x[at], exact[at]) for x in draws) for at in exact}
+      for by in (error, spreads)
+    ]
+
+  # In tiles as it likes, and as many as parts: of the two the worse.
+  blocks = Blocks(T // N, arrays[1].shape[1] // N)
+  alone = attend, functools.partial(attend, blocks=blocks)
+  worse = lambda x, y: {at: max(x[at], y[at]) for at in exact}
+  one, steady = map(worse, *(errors(of, *WEIGHTS) for of in alone))
+  naive, _ = errors(with_sinks, *WEIGHTS)
+  found = {}
+  for name, over in overs.items():
+    many, even = errors(spread(over), 1.0)
+    # Others run on a device's own what one device runs: nothing can add up.
+    merges = 'ring' in name or 'hybrid' in name
+    found[name] = [
+      f'{at}: {x:.1e} ({even[at]:.1e}), naively {naive[at]:.1e}, on one device'
+      f' {one[at]:.1e} ({steady[at]:.1e})'
+      for at, x in many.items()
+      if not (
+        # Gradients of what scores share are sums of terms that cancel.
+        x <= (4 if 'rest' in at else 2) * max(naive[at], one[at]) + EPS
+        and (
+          not merges or 'rest' in at or even[at] <= 1.1 * steady[at] + EPS / 8
+        )
+      )
+    ]
+  return found
+
+
+# ---------------------------------------------------------------------- mutants
+
+
+@contextlib.contextmanager
+def patched(where, name, mutant):
+  right = getattr(where, name)
+  setattr(where, name, mutant)
+  try:
+    yield
+  finally:
+    setattr(where, name, right)
+
+
+HOPS, FOLD, EXTEND = ring._hops, ring._fold, halo.extend
+MUTANTS = {
+  'gradients of keys stay abroad': (
+    *('causal', 'ring', ring, '_home'),
+    lambda ring, goes, hops: goes,
+  ),
+  'one hop too few': (
+    *('causal', 'dense ring', ring, '_hops'),
+    lambda *args: HOPS(*args) - 1,
+  ),
+  'a bias of the wrong columns': (
+    *('bias', 'ring', ring.Ring, 'owner'),
+    lambda self, hop: 0 * hop,
+  ),
+  'partials not rescaled': (
+    *('causal', 'ring', ring, '_fold'),
+    lambda ring, visit, carry, block, hops: FOLD(
+      ring,
+      lambda hop, carry, block: carry._replace(
+        l=carry.l + visit(hop, carry, block).l
+      ),
+      *(carry, block, hops),
+    ),
+  ),
+  'heads of a neighbour': (
+    *('slopes', 'ulysses', ulysses.Group, 'my_heads'),
+    lambda self, x: jnp.roll(x, 1, 0)[: x.shape[0] // self.size],
+  ),
+  'a halo one token short': (
+    *('window', 'halo', halo, 'extend'),
+    lambda x, axis, before, after=0: EXTEND(x, axis, before - 1, after)[
+      :, : x.shape[1] + before - 1
+    ],
+  ),
+}
+
+
+def overs(case):
+  return STRATEGIES | {name: x for (of, name), x in MORE.items() if of == case}
+
+
+def rejected(mutant):
+  """What is found wrong with it."""
+  case, name, where, what, wrong = MUTANTS[mutant]
+  with patched(where, what, wrong):
+    try:
+      return compare(case, {name: overs(case)[name]})[name]
+    except AssertionError:
+      return 'not finite where it should be'
+
+
+# ------------------------------------------------------------------- properties
+
+
+def dropped():
+  """How far dropout over many devices is from that on one, by strategy."""
+  arrays = [jnp.asarray(x, jnp.float32) for x in PLAIN[:3]]
+  given = {'mask': Causal(), 'dropout': Dropout(0.5, 7), **DENSE}
+  one, _ = attend(*arrays, {}, **given)
+  return {
+    name: float(
+      jnp.abs(
+        jax.jit(functools.partial(spread(over), numbers={}, **given))(*arrays)[
+          0
+        ]
+        - one
+      ).max()
+    )
+    for name, over in STRATEGIES.items()
+  }
+
+
+MOVES = ('ppermute', 'all_gather', 'all_to_all')
+
+
+def sent(jaxpr, times=1):
+  """(primitive, bytes that a device sends, how often) in a program."""
+  for equation in jaxpr.eqns:
+    name = equation.primitive.name
+    if name in MOVES:
+      size = sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
+      shares = {
+        'ppermute': 1,
+        'all_gather': N - 1,
+        'all_to_all': (N - 1) / N,
+      }
+      groups = equation.params.get('axis_index_groups')
+      if groups:
+        share = {'all_gather': len(groups[0]) - 1}
+        share['all_to_all'] = 1 - 1 / len(groups[0])
+        shares |= share
+      yield name, size * shares[name], times
+    again = times * equation.params.get('length', 1)
+    for value in jax.tree.leaves(
+      equation.params,
+      is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr'),
+    ):
+      inner = getattr(value, 'jaxpr', value)
+      if hasattr(inner, 'eqns'):
+        yield from sent(inner, again)
+
+
+def chosen():
+  """Strategy -> hops and bytes, as the chooser says and as the program has."""
+  t, h, k, d = 24, 16, 8, 16
+  mask = Causal() & Window(9)
+  found = {}
+  for name in sequence.STRATEGIES:
+    call = sequence.Call(N, t, h, d, t, k, d, 4, mask.reach(), True)
+    said = sequence.choose(call, name)
+    inner = lambda q, k, v, name=name: sequence.attention(
+      q, k, v, mask=mask if name == 'halo' else Causal(), strategy=name
+    )
+    program = jax.make_jaxpr(
+      lambda *x, inner=inner: jax.shard_map(
+        inner, in_specs=ROWS['time'], out_specs=ROWS['time']
+      )(*x)
+    )(*(jnp.zeros((1, N * t, n, d)) for n in (h, k, k)))
+    moved = [x for x in sent(program.jaxpr) if x[1] > 2000]  # not of tokens
+    found[name] = {
+      'said': [said.hops, said.sent],
+      'moved': [sum(x[2] for x in moved), sum(x[1] * x[2] for x in moved)],
+    }
+  return found
+
+
+def hops():
+  """How often keys are sent round, by window."""
+  found = {}
+  for window in (1, 2, 13, 14, 25, 26, 90, 10**6):
+    mask = Causal() & Window(window)
+    program = jax.make_jaxpr(
+      lambda q, mask=mask: jax.shard_map(
+        lambda q: sequence.attention(q, q, q, mask=mask, strategy='ring'),
+        in_specs=ROWS['time'],
+        out_specs=ROWS['time'],
+      )(q)
+    )(jnp.zeros((1, 8 * 12, 1, 16)))
+    moved = [x for x in sent(program.jaxpr) if x[1] == 12 * 16 * 4]
+    found[window] = sum(x[2] for x in moved) / 2  # keys, and values
+  return found
+
+
+def memory():
+  """Bytes of temporaries of the gradient over a ring, by number of devices."""
+  found = {}
+  for n in (2, 4, 8, 16):
+    mesh = jax.make_mesh(
+      (n,), (AT,), axis_types=AUTO, devices=jax.devices()[:n]
+    )
+    loss = lambda q, k, v: jnp.sum(
+      jax.shard_map(
+        lambda q, k, v: sequence.attention(
+          q, k, v, mask=Causal(), strategy='ring', implementation='xla'
+        ),
+        in_specs=ROWS['time'],
+        out_specs=ROWS['time'],
+      )(q, k, v)
+    )
+    with jax.set_mesh(mesh):
+      where = jax.NamedSharding(mesh, ROWS['time'])
+      shape = jax.ShapeDtypeStruct(
+        (1, n * 1024, 2, 32), jnp.float32, sharding=where
+      )
+      lower = lambda f, shape=shape: jax.jit(f).lower(*[shape] * 3).compile()
+      found[n] = [
+        lower(f).memory_analysis().temp_size_in_bytes
+        for f in (loss, jax.grad(loss, (0, 1, 2)))
+      ]
+  return found
+
+
+def main():
+  here = jax.devices()[:N]
+  mesh = jax.make_mesh((N,), (AT,), axis_types=AUTO, devices=here)
+  with jax.set_mesh(mesh):
+    found = {
+      'exact': {case: compare(case, overs(case)) for case in CASES},
+      'mutants': {mutant: rejected(mutant) for mutant in MUTANTS},
+      'dropped': dropped(),
+      'chosen': chosen(),
+      'hops': hops(),
+    }
+  print(json.dumps(found | {'memory': memory()}))
+
+
+# ------------------------------------------------------------------------ tests
+
+
+@pytest.fixture(scope='module')
+def found():
+  return json.loads(devices.run('-m', 'tests.test_parallel', devices=16))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_exact(case, found):
+  assert set(found['exact'][case]) == set(overs(case))
+  assert {at: x for at, x in found['exact'][case].items() if x} == {}
+
+
+@pytest.mark.parametrize('mutant', MUTANTS)
+def test_mutants_are_rejected(mutant, found):
+  assert found['mutants'][mutant]
+
+
+def test_dropout_does_not_know_the_mesh(found):
+  assert set(found['dropped']) == set(STRATEGIES)
+  for name, apart in found['dropped'].items():
+    assert apart < 1e-5, name
+
+
+@pytest.mark.parametrize('name', sequence.STRATEGIES)
+def test_the_chooser_knows_the_costs(name, found):
+  """Exchanges and bytes sent are those of the program."""
+  hops, size = found['chosen'][name]['said']
+  moves, moved = found['chosen'][name]['moved']
+  assert moves == 2 * hops  # keys and values, or q, k and v, and o back
+  assert size == moved
+
+
+def test_windows_go_round_no_further_than_they_see(found):
+  """ceil((w - 1) / part) hops, of parts of 12 tokens."""
+  for window, hops in found['hops'].items():
+    assert hops == min(7, -(-(int(window) - 1) // 12)), window
+
+
+def test_memory_does_not_grow_with_the_ring(found):
+  two, four, *more = found['memory'].values()
+  for n in more:
+    assert n == pytest.approx(four, rel=0.01)
+  assert all(x <= y for x, y in zip(two, four))  # no room for a second hop
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,456 @@
+"""Engines over eight devices equal engines on one; what they send is constant.
+
+All of it runs in one process of its own, which simulates the devices: this file
+as a program, which prints what it found.
+
+A row of the batch stands for each way in which pads and segments may lie across
+devices. So a case is two programs with masks, on eight devices and on one, and
+two without.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import types
+from collections.abc import Callable
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxattn import registry
+from jaxattn.core import conv, delta, features, recurrence, ssm
+from jaxattn.packing import Packing
+from jaxattn.parallel import halo, prefix, sequence
+from jaxattn.parallel import mesh as meshes
+from tests import devices, laws
+
+DEVICES = 8
+B, T, H, D, E, M, N, R = 8, 24, 2, 4, 3, 6, 3, 5  # three tokens a device
+LONG, SHORT = 6, 3  # taps that reach back beyond the neighbour, and to it
+
+
+def masks(rng):
+  """valid, starts 'b t': a row for each way in which tokens may lie."""
+  valid, starts = np.ones((B, T), bool), np.zeros((B, T), bool)
+  starts[1, [3, 6, 10, 20]] = True  # at borders, inside, and over many devices
+  starts[2, [5, 6, 7, 23]] = True  # of one token
+  valid[3, :7] = valid[3, -4:] = False  # devices of pads alone, at both ends
+  valid[4, 4:16] = False  # and in the middle
+  starts[4, 0] = True
+  valid[5:7] = rng.random((2, T)) < 0.6
+  starts[5] = rng.random(T) < 0.3  # pads among them, where it means nothing
+  starts[6] = rng.random(T) < 0.08
+  valid[7] = False
+  return valid, starts
+
+
+@dataclasses.dataclass
+class Case:
+  """An engine and what it is given.
+
+  Attributes:
+    run: (functions, arrays, weights, state, places) -> o, state; functions are
+      `prefix`, or CORE for one device.
+    arrays: 'b t ...'.
+    weights: what every device has whole.
+    state: what came before.
+  """
+
+  run: Callable
+  arrays: list
+  weights: list
+  state: np.ndarray | None
+
+
+CORE = types.SimpleNamespace(
+  gated=recurrence.gated,
+  delta=delta.delta,
+  scan=ssm.scan,
+  keys_in_range=features.keys_in_range,
+  short=conv.short,
+  by_channel=lambda engine, x, *weights: engine(x, *weights),
+)
+
+
+def gated(of, arrays, weights, state, places):
+  return of.gated(*arrays, state=state, **places)
+
+
+def rule(of, arrays, weights, state, places):
+  return of.delta(*arrays, state=state, **places)
+
+
+def scan(of, arrays, weights, state, places):
+  return of.scan(*arrays, *weights, state=state, **places)
+
+
+def peak(of, arrays, weights, state, places):
+  *o, state = of.keys_in_range(*arrays, peak=state, **places)
+  return o, state
+
+
+def short(of, arrays, weights, state, places):
+  return of.short(*arrays, *weights, tail=state, **places)
+
+
+def fft(of, arrays, weights, state, places):
+  convolve = lambda x, h: conv.fft(x, h.T)
+  return of.by_channel(convolve, *arrays, *weights), ()
+
+
+def cases(length=T):
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return rng.uniform(-1, 1, shape).astype(np.float32)
+
+  def complexes(*shape):
+    return (normal(*shape) + 1j * normal(*shape)).astype(np.complex64)
+
+  qkv = [normal(B, length, H, n) for n in (D, D, E)]
+  q, k, v = qkv
+  unit = k / np.linalg.norm(k, axis=-1, keepdims=True)
+  # Mild gates, with some that are closed, almost closed, and almost open.
+  gate = -np.exp(2 * normal(B, length, H, D) - 3)
+  gate[rng.random(gate.shape) < 0.05] = -np.inf
+  gate[rng.random(gate.shape) < 0.05] = -50
+  gate[rng.random(gate.shape) < 0.2] = -1e-6
+  beta = 1 / (1 + np.exp(normal(B, length, H)))
+  state, u = normal(B, H, D, E), normal(B, length, M)
+  a = -0.5 + 1j * np.pi * np.arange(N) * np.ones((M, 1))
+  log_dt = np.linspace(np.log(0.01), np.log(0.3), M)
+  log_a, b_bar = (
+    np.asarray(x, np.complex64)
+    for x in ssm.discretise(a, np.ones((M, N)), log_dt)
+  )
+  bank, memory = [log_a, b_bar, complexes(M, N)], complexes(B, M, N)
+  taps = lambda w: [normal(w, M)]
+  return {
+    'plain': Case(gated, qkv, [], state),
+    'head': Case(gated, [*qkv, gate[..., :1]], [], state),
+    'channel': Case(gated, [*qkv, gate], [], state),
+    'delta': Case(rule, [q, unit, v, beta], [], state),
+    'gated_delta': Case(rule, [q, unit, v, beta, gate[..., 0]], [], state),
+    'scan': Case(scan, [u], bank, memory),
+    'peak': Case(peak, [3 * normal(B, length, H, R)], [], normal(B, H)),
+    'long': Case(short, [u], taps(LONG), normal(B, LONG - 1, M)),
+    'short': Case(short, [u], taps(SHORT), normal(B, SHORT - 1, M)),
+    'fft': Case(fft, [u], [normal(M, 9)], None),
+  }
+
+
+def spread(run):
+  """An engine over all devices; the state is that of the last."""
+  time, whole = jax.P(None, meshes.SEQ), jax.P()
+
+  def local(arrays, weights, state, places):
+    o, after = run(prefix, arrays, weights, state, places)
+    return o, jax.tree.map(lambda x: x[None], after)
+
+  def spread(*inputs):
+    o, after = jax.shard_map(
+      local,
+      in_specs=(time, whole, whole, time),
+      out_specs=(time, jax.P(meshes.SEQ)),
+    )(*inputs)
+    return o, jax.tree.map(lambda x: x[-1], after)
+
+  return spread
+
+
+def compiled(run, case, masked):
+  """The program of o, the state and all gradients, and its inputs.
+
+  With masks, a state comes in and pads hold NaN; without, there is neither.
+  """
+  arrays, state, places = case.arrays, case.state, {}
+  if masked:
+    valid, starts = masks(np.random.default_rng(1))
+    more = case.arrays[0].shape[1] - T
+    valid = np.pad(valid, [(0, 0), (0, more)])
+    starts = np.pad(starts, [(0, 0), (0, more)])
+    places = {'valid': valid, 'starts': starts}
+    widen = lambda x: valid.reshape(*valid.shape, *[1] * (x.ndim - 2))
+    arrays = [np.where(widen(x), x, np.nan) for x in arrays]
+  else:
+    state = None
+
+  def both(arrays, weights, state, places):
+    f = functools.partial(run, places=places)
+    out, back = jax.vjp(f, arrays, weights, state)
+    # Numbers without a pattern, the same on any device and of any type.
+    pull = lambda x: (jnp.cos(7 * jnp.arange(x.size)) + 0.1).reshape(x.shape)
+    return out, back(jax.tree.map(lambda x: pull(x).astype(x.dtype), out))
+
+  inputs = arrays, case.weights, state, places
+  return jax.jit(both).lower(*inputs).compile(), inputs
+
+
+@functools.cache
+def on_one(name, masked):
+  case = cases()[name]
+  run = functools.partial(case.run, CORE)
+  program, inputs = compiled(
+    lambda *inputs, places: run(*inputs, places), case, masked
+  )
+  return jax.tree.map(np.asarray, program(*inputs))
+
+
+def on_all(name, masked, length=T):
+  case = cases(length)[name]
+  run = spread(case.run)
+  return compiled(lambda *inputs, places: run(*inputs, places), case, masked)
+
+
+@functools.cache
+def mesh():
+  return meshes.make(data=1, seq=DEVICES, axis_types='auto')
+
+
+def agree(name, masked):
+  """The law: values, states and gradients are those of one device."""
+  with jax.set_mesh(mesh()):
+    program, inputs = on_all(name, masked)
+    (o, state), grads = program(*inputs)
+  (want_o, want_state), want_grads = on_one(name, masked)
+  laws.assert_close(o, want_o, 'o')
+  laws.assert_close(state, want_state, 'state')
+  laws.assert_close(grads, want_grads, 'gradient', 10 * laws.ROUNDING)
+
+
+SENT = re.compile(
+  r'= (.*?) (all-gather|all-to-all|collective-permute|all-reduce'
+  r'|reduce-scatter)(?:-start)?\('
+)
+
+
+def sent(text):
+  """Shapes of what devices exchange, in a compiled module."""
+  return sorted(f'{kind} {shape}' for shape, kind in SENT.findall(text))
+
+
+def constant(name, masked):
+  """The law: what is sent does not depend on the length."""
+  with jax.set_mesh(mesh()):
+    one, two = (
+      sent(on_all(name, masked, length)[0].as_text())
+      for length in (2 * T, 4 * T)
+    )
+  assert one, 'nothing is sent'
+  assert one == two, f'{one} becomes {two}'
+
+
+# ------------------------------------------------------------------ any length
+
+MECHANISMS = (
+  'gated_linear',
+  'performer',
+  'gated_delta_net',
+  's4d',
+  'base_conv',
+)
+
+
+def any_length(name, packed):
+  """The law: mechanisms serve lengths that do not divide among devices."""
+  module = registry.module(name)
+  cls, fields = type(registry.make(name)), module.SPEC.examples[-1]
+  subject = laws.Subject(cls, module, fields)
+  segments = np.array([[1] * 3 + [2] * 10, [0, 0] + [1] * 10 + [0]], np.int32)
+  packing = Packing.from_segments(segments) if packed else None
+  inputs = subject.variables, subject.x, packing, subject.cotangent
+  want = subject.value_and_grads(*inputs)
+  with jax.set_mesh(meshes.make(data=2, seq=4)):
+    got = subject.value_and_grads(*inputs)
+  laws.assert_close(got[0], want[0], 'y')
+  laws.assert_close(got[1], want[1], 'gradient', 10 * laws.ROUNDING)
+
+
+# ---------------------------------------------------------------------- mutants
+
+
+def of_the_one_before(enter):
+  def broken(*args):
+    n = lax.axis_size(meshes.SEQ)
+    on = [(i, (i + 1) % n) for i in range(n)]
+    return lax.ppermute(enter(*args), meshes.SEQ, on)
+
+  return broken
+
+
+def of_its_own(enter):
+  def broken(state, effect, then):
+    return then(enter(state, effect, then), effect)
+
+  return broken
+
+
+def no_gradient(enter):
+  return lambda *args: lax.stop_gradient(enter(*args))
+
+
+def nothing_enters(enter):
+  return lambda state, effect, then: state
+
+
+def no_starts(effect):
+  return lambda *args, valid, starts: effect(*args, valid=valid)
+
+
+def decaying_pads(effect):
+  def broken(*tokens, valid, starts):
+    at = valid[..., None, None]
+    *kv, w = tokens
+    kv = [jnp.where(at, x, 0) for x in kv]
+    return effect(*kv, jnp.where(at, w, -0.1), starts=starts & valid)
+
+  return broken
+
+
+def all_of_time(effect):
+  def broken(k, v, *gates, **places):
+    k, v, *gates = sequence.everywhere((k, v, *gates))
+    return effect(k, v, *gates, **sequence.everywhere(places))
+
+  return broken
+
+
+def no_segment_begins(begun):
+  return lambda like, valid, starts: jnp.zeros_like(like, bool)
+
+
+def own_part_alone(by_channel):
+  return lambda engine, x, *weights: engine(x, *weights)
+
+
+ENTER, GATED, MODES = (prefix, 'enter'), (recurrence, 'effect'), (ssm, 'effect')
+# Name -> the law that rejects it, its case, whether with masks, and what is
+# replaced by what.
+MUTANTS = {
+  'state of the one before': (agree, 'head', True, *ENTER, of_the_one_before),
+  'tail of the one before': (agree, 'long', True, *ENTER, of_the_one_before),
+  'peak of the one before': (agree, 'peak', True, *ENTER, of_the_one_before),
+  'own tokens twice': (agree, 'delta', True, *ENTER, of_its_own),
+  'no gradient across': (agree, 'scan', True, *ENTER, no_gradient),
+  'start ignored': (agree, 'channel', True, *GATED, no_starts),
+  'start ignored by modes': (agree, 'scan', True, *MODES, no_starts),
+  'start ignored by the peak': (
+    agree,
+    'peak',
+    True,
+    prefix,
+    '_begun',
+    no_segment_begins,
+  ),
+  'start ignored by the tail': (
+    agree,
+    'long',
+    True,
+    prefix,
+    '_begun',
+    no_segment_begins,
+  ),
+  'pads that decay': (agree, 'head', True, *GATED, decaying_pads),
+  'tail dropped': (agree, 'short', True, *ENTER, nothing_enters),
+  'tail dropped in a dense row': (
+    agree,
+    'short',
+    False,
+    halo,
+    'extend',
+    lambda extend: lambda x, *_: jnp.zeros_like(x),
+  ),
+  'no transition': (
+    agree,
+    'head',
+    True,
+    prefix,
+    '_fade',
+    lambda fade: lambda state, effect: state + effect[1],
+  ),
+  'no transition of the delta rule': (
+    agree,
+    'delta',
+    False,
+    prefix,
+    '_product',
+    lambda product: lambda x, y: y,
+  ),
+  'own part of time alone': (
+    agree,
+    'fft',
+    False,
+    prefix,
+    'by_channel',
+    own_part_alone,
+  ),
+  'all of time is sent': (constant, 'head', True, *GATED, all_of_time),
+  'gradients are summed where weights are used': (
+    constant,
+    'scan',
+    True,
+    prefix,
+    '_varying',
+    lambda varying: lambda weights, x: weights,
+  ),
+  'nothing enters': (any_length, 'gated_linear', False, *ENTER, nothing_enters),
+}
+
+
+# -------------------------------------------------------------------- processes
+
+
+def main():
+  """Prints what is tested -> what is wrong with it, or None."""
+  found = {}
+
+  def note(test, law, *args):
+    try:
+      found[test] = law(*args)
+    except Exception as error:
+      found[test] = f'{type(error).__name__}: {error}'[:1000]
+
+  for name in cases():
+    for masked in (False, True):
+      how = f'{name}{", masked" * masked}'
+      if name != 'fft' or not masked:
+        note(how, agree, name, masked)
+      # Tails of dense rows are sent in another way; all else is the same.
+      if name == 'short' or (masked and name != 'fft'):
+        note(f'bytes: {how}', constant, name, masked)
+  for name in MECHANISMS:
+    for packed in (False, True):
+      note(f'length: {name}{", packed" * packed}', any_length, name, packed)
+  for mutant, (law, name, masked, module, part, broken) in MUTANTS.items():
+    with mock.patch.object(module, part, broken(getattr(module, part))):
+      note(f'mutant: {mutant}', law, name, masked)
+  print(json.dumps(found))
+
+
+@pytest.fixture(scope='module')
+def found():
+  return json.loads(devices.run('-m', 'tests.test_prefix', devices=DEVICES))
+
+
+def test_engines_over_devices(found):
+  assert not {
+    test: wrong
+    for test, wrong in found.items()
+    if wrong and not test.startswith('mutant')
+  }
+
+
+@pytest.mark.parametrize('mutant', MUTANTS)
+def test_mutants_are_rejected(mutant, found):
+  wrong = found[f'mutant: {mutant}']
+  assert wrong, 'passes'
+  assert wrong.startswith('AssertionError'), wrong
+
+
+if __name__ == '__main__':
+  main()
