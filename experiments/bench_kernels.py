@@ -227,7 +227,8 @@ def compile_one(cell: Sequence[str], folder: str) -> None:
   from pallas_kernels import chips
 
   attend, shapes = program(whose, direction, int(q), int(k))
-  lowered = jax.jit(attend).lower(*chips.on(chip, shapes))
+  with jax.set_mesh(chips.mesh(chip)):
+    lowered = jax.jit(attend).lower(*chips.on(chip, shapes))
   began = time.perf_counter()
   lowered.compile()
   seconds = time.perf_counter() - began

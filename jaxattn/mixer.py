@@ -81,13 +81,12 @@ class Mixer(nn.Module):
         f' implementation={self.policy.implementation!r}, only'
         f' {", ".join(self.implementations)}: leave it out to have one chosen'
       )
-    asked, attends = self.policy.strategy, sequence.STRATEGIES
-    if asked not in (None, *self.strategies) and {*self.strategies} & {
-      *attends
-    }:
+    asked = self.policy.strategy
+    attends = not sequence.STRATEGIES.keys().isdisjoint(self.strategies)
+    if attends and asked not in (None, *self.strategies):
       raise NotImplementedError(
-        f'{type(self).__name__} has no strategy={asked!r} for time over devices,'
-        f' only {", ".join(self.strategies)}: leave it out to have one chosen'
+        f'{type(self).__name__} has no strategy={asked!r}, only'
+        f' {", ".join(self.strategies)}: leave it out to have one chosen'
       )
     if self.width is not None:
       self.check(self.width)

@@ -48,6 +48,8 @@ class Spec:
       needs after `length` tokens, at the policy's dtype.
     layout: 'any' if the mechanism reads places from data only, 'contiguous' if
       neighbours in time must be neighbours in the array.
+    near: True if a token reads what is near to it in order, so that devices
+      whose parts are contiguous send each other little.
     fft: True if the fast form is a Fourier transform, whose rounding reaches
       back in time; causality is then held to 1e-6 relative.
     cross: True if it takes a `context`.
@@ -62,6 +64,7 @@ class Spec:
   flops: Callable[[Any, int, int], int]
   state_bytes: Callable[[Any, int, int], int]
   layout: str = 'any'
+  near: bool = False
   fft: bool = False
   cross: bool = False
   reference: bool | No = True

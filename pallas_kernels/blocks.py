@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
@@ -41,9 +43,36 @@ class Tile:
 
 # Found by static schedules, see docs/benchmarks/flash_tpu.md.
 TPU = {
-  'forward': Tile(1024, 1024, 1024, 512),
-  'backward': Tile(1024, 512, 256, 256),
+  'TPU v4': {
+    'forward': Tile(1024, 1024, 1024, 512),
+    'backward': Tile(1024, 512, 512, 256),
+  },
+  'TPU v5 lite': {  # v5e
+    'forward': Tile(1024, 1024, 256, 1024),
+    'backward': Tile(1024, 512, 512, 256),
+  },
+  'TPU v5': {  # v5p
+    'forward': Tile(1024, 1024, 256, 1024),
+    'backward': Tile(1024, 512, 512, 256),
+  },
+  'TPU v6 lite': {  # v6e
+    'forward': Tile(1024, 1024, 1024, 512),
+    'backward': Tile(1024, 512, 256, 256),
+  },
+  'TPU7x': {
+    'forward': Tile(1024, 1024, 1024, 512),
+    'backward': Tile(1024, 512, 512, 256),
+  },
 }
+OTHERS = 'TPU v5'  # whose blocks are taken where the chip is not known
+
+
+def chip() -> str:
+  """What is computed on, as JAX calls it: of the mesh, or of this process."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device or jax.devices()[0]).device_kind
+
+
 LANES = 128
 
 
@@ -52,10 +81,12 @@ def tile(
 ) -> Tile:
   """The tile for t queries and s keys; what is asked is rounded up to 128.
 
+  It depends on the chip, see `chip`.
+
   row is the size in bytes of a query or a key, whichever is larger: the larger,
   the smaller the tile, for all has to fit in the 16 MiB of VMEM of a v4.
   """
-  best = TPU[direction]
+  best = TPU.get(chip(), TPU[OTHERS])[direction]
   less = 1 if row <= 256 else 2
 
   def side(asked, length, most):

@@ -1,11 +1,13 @@
 """TPUs to compile for that need not be there.
 
-  compiled = jax.jit(f).lower(*chips.on('v5e', shapes)).compile()
+  with jax.set_mesh(chips.mesh('v5e')):
+    compiled = jax.jit(f).lower(*chips.on('v5e', shapes)).compile()
 
 runs the compiler of that chip on any x86-64 Linux, where libtpu is installed:
 `pip install '.[aot]'`. The verdict on memory, VMEM and HBM, is the chip's.
 """
 
+import functools
 import importlib.util
 import os
 
@@ -57,8 +59,14 @@ def device(chip: str) -> jax.Device:
   return described.devices[0]
 
 
+@functools.cache
+def mesh(chip: str) -> jax.sharding.Mesh:
+  """One such chip alone: under it a program is traced for that chip."""
+  return jax.sharding.Mesh([device(chip)], ('chip',))
+
+
 def on(chip: str, shapes):
   """A tree of arrays or shapes as shapes that lie on such a chip."""
-  sharding = jax.sharding.SingleDeviceSharding(device(chip))
+  sharding = jax.NamedSharding(mesh(chip), jax.P())
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   return jax.tree.map(place, shapes)

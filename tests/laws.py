@@ -710,18 +710,20 @@ def tracing(subject: Subject) -> None:
 def sharding(subject: Subject) -> None:
   """Time over devices changes nothing: outputs, gradients, packed rows.
 
-  Needs eight devices; two hold halves of the batch, four a quarter of time.
+  Needs eight devices; two hold halves of the batch, four a quarter of time. The
+  length of the packed rows does not divide.
   """
-  length = 12
-  segments = np.array([[1] * 7 + [2] * 5, [0, 0] + [1] * 9 + [0]], np.int32)
+  segments = np.array([[1] * 7 + [2] * 6, [0, 0] + [1] * 9 + [0, 2]], np.int32)
   packed = Packing.from_segments(segments)
-  x, cotangent = subject.x[:, :length], subject.cotangent[:, :length]
-  for packing, mode in ((packed, 'explicit'), (None, 'auto')):
+  for packing, mode, length in (
+    (packed, 'explicit', LENGTH),
+    (None, 'auto', LENGTH - 1),
+  ):
+    x, cotangent = subject.x[:, :length], subject.cotangent[:, :length]
     want = subject.value_and_grads(subject.variables, x, packing, cotangent)
     mesh = meshes.make(data=2, seq=4, axis_types=mode)
-    put = lambda a, mesh=mesh: jax.device_put(
-      a, jax.NamedSharding(mesh, place.tokens(BATCH, length, mesh))
-    )
+    where = jax.NamedSharding(mesh, place.tokens(BATCH, length, mesh))
+    put = lambda a, where=where: jax.device_put(a, where)
     with jax.set_mesh(mesh):
       got = subject.value_and_grads(
         subject.variables,

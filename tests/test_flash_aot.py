@@ -84,7 +84,8 @@ def compiled(
 
   gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4, 5), has_aux=True))
   shapes = chips.on(chip, (*arrays, score, factor, bias, sides))
-  return gradient.lower(*shapes).compile()
+  with jax.set_mesh(chips.mesh(chip)):
+    return gradient.lower(*shapes).compile()
 
 
 def heads(*shape):

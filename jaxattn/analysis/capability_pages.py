@@ -107,7 +107,13 @@ def _can(fragments) -> list[Part]:
     'a state of fixed shape. **Cross**: attends to a context. **Packing**: '
     'several documents may share a row. **Layout**: whether tokens may lie in '
     'any order in the array, or neighbours in time must be neighbours. '
-    '**Sequence parallelism**: how time is spread over devices.'
+    '**Sequence parallelism**: how devices that each hold a part of time work '
+    'together. Attention has five ways, of which one is chosen by sizes and '
+    'mask: `halo` (the last keys of the neighbour), `ulysses` (heads for '
+    'time), `gather` (of all keys), `ring` (keys travel), and '
+    '`hybrid` (a ring of groups that exchange). `prefix` sends a state and '
+    'what becomes of it, whatever the length; `channels` exchanges channels '
+    'for time.'
   )
   return [text, Table(head, _grouped(fragments, row), 'llccccccc')]
 

@@ -12,15 +12,17 @@ With a memory (decoding, and prefill in chunks) time is whole on every device.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxattn.core import softmax
-from jaxattn.parallel import gather, halo, place, ring, ulysses
+from jaxattn.parallel import gather, halo, place, ring, stripe, ulysses
 from jaxattn.parallel import mesh as meshes
+from pallas_kernels.dropout import Dropout
 from pallas_kernels.masks import Mask
 from pallas_kernels.problem import Over
 
@@ -172,7 +174,7 @@ class Strategy:
   def __str__(self):
     return (
       f'{self.name} ({self.reason}): each device sends'
-      f' {self.sent / 2**20:,.1f} MiB in {self.hops} hops forward, and holds'
+      f' {self.sent / 2**20:,.1f} MiB forward, hops: {self.hops}; it holds'
       f' {self.held / 2**20:,.1f} MiB of others'
     )
 
@@ -300,6 +302,44 @@ def choose(call: Call, forced: str | None = None) -> Strategy:
   return Strategy(name, reason, *costs)
 
 
+def layout(
+  specs: Mapping[str, Any], length: int, asked: str | None = None
+) -> str:
+  """How the tokens of a model lie over devices; one of `stripe.LAYOUTS`.
+
+  Striped, for all devices to have the same work, if every layer takes tokens in
+  any order, and none reads what is near alone.
+
+  Args:
+    specs: the `Spec` of each mechanism of the model, by name.
+    length: of a sequence.
+    asked: a layout by name; None to have one chosen.
+
+  Raises:
+    ValueError: no such layout, or one that a mechanism or the length cannot
+      have.
+  """
+  if asked not in (None, *stripe.LAYOUTS):
+    raise ValueError(
+      f'layout={asked!r} must be one of {", ".join(stripe.LAYOUTS)}, or None to'
+      ' have one chosen'
+    )
+  mesh = meshes.current()
+  parts = 1 if mesh is None else mesh.shape[meshes.SEQ]
+  fixed = sorted(n for n, own in specs.items() if own.layout == 'contiguous')
+  if asked is None:
+    near = any(own.near for own in specs.values())
+    even = parts > 1 and length % parts == 0
+    return 'striped' if even and not fixed and not near else 'contiguous'
+  if fixed and asked != 'contiguous':
+    raise ValueError(
+      f'layout={asked!r}: neighbours in time must be neighbours in memory for'
+      f" {', '.join(fixed)}; take layout='contiguous', or leave it out"
+    )
+  stripe.order(length, parts, asked)
+  return asked
+
+
 # ------------------------------------------------- inside: what mixes over time
 
 
@@ -329,6 +369,7 @@ def attention(
   key_order=None,
   query_segments=None,
   key_segments=None,
+  dropout: Dropout | None = None,
   **rule,
 ):
   """An engine of attention, over however many devices hold the time axis.
@@ -339,6 +380,7 @@ def attention(
     strategy: one of STRATEGIES; None leaves it to `choose`.
     mask, query_order, ...: as of the engine. Where orders and segments are left
       out, tokens stand in their order over the devices.
+    dropout: rows are numbered over all devices, so it is the same on any mesh.
     **rule: further arguments of the engine.
 
   Raises:
@@ -349,6 +391,10 @@ def attention(
   if parts(k) > 1:
     sizes = parts(k), *q.shape[1:], *k.shape[1:3], v.shape[3], q.dtype.itemsize
     over = choose(Call(*sizes, mask.reach(), dense), strategy).over
+  if dropout is not None:
+    if dropout.batch is None:
+      dropout = _numbered(dropout, len(q), q)
+    rule['dropout'] = dropout
   query_order = _order(query_order, q)
   key_order = _order(key_order, k)
   return engine(
@@ -363,6 +409,14 @@ def attention(
     over=over,
     **rule,
   )
+
+
+def _numbered(dropout: Dropout, rows: int, x) -> Dropout:
+  """With the numbers of this device's rows."""
+  number = jnp.arange(rows)
+  if meshes.DATA in jax.typeof(x).manual_axis_type.varying:
+    number += lax.axis_index(meshes.DATA) * rows
+  return dataclasses.replace(dropout, batch=number)
 
 
 def _order(order, x):

@@ -42,6 +42,7 @@ DEFAULTS = {
   },
   'accumulate': 1,
   'mesh': {'data': -1, 'seq': 1, 'model': 1, 'axis_types': 'explicit'},
+  'layout': None,  # of time over `seq`: contiguous, striped, zigzag; or chosen
   'log_every': 50,
   'eval_every': 500,
   'eval_batches': 4,

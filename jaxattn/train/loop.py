@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 
+from jaxattn import registry
 from jaxattn.parallel import mesh as meshes
+from jaxattn.parallel import sequence
 from jaxattn.train import build, checkpoint, log, optimizer, step
 
 # How many steps the host may be ahead of the devices: enough to hide its own
@@ -57,7 +59,10 @@ def fit(
   config = build.complete(config)
   task, model = build.build(config)
   mesh = meshes.make(**config['mesh'])
-  feed = step.Feed(task, config['batch'], config['accumulate'], mesh)
+  specs = {name: registry.spec(name) for name in model.layers()}
+  with jax.set_mesh(mesh):
+    layout = sequence.layout(specs, task.length, config['layout'])
+  feed = step.Feed(task, config['batch'], config['accumulate'], mesh, layout)
   update, rate = optimizer.make(config['steps'], **config['optimizer'])
   workdir = Path(workdir)
   notes = checkpoint.claim(workdir, config, task)

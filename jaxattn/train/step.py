@@ -15,6 +15,7 @@ its number in `stopped_at`, and from then on no step does anything, so whoever
 looks at the state some steps later still finds the last good one.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxattn.packing import Packing
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import place
+from jaxattn.parallel import place, stripe
 from jaxattn.tasks.batch import Batch, weighed
 from jaxattn.train import build
 from jaxattn.typing import Array, PyTree
@@ -84,6 +86,8 @@ class Feed:
     accumulate: slices of a batch.
     mesh: its `data` axis splits the rows of each slice, and its `seq` axis
       time, where the length divides.
+    layout: of training tokens over `seq`, see `parallel.stripe`; test batches
+      lie as they are, for metrics may tell places apart.
 
   Raises:
     ValueError: the rows do not divide.
@@ -93,6 +97,7 @@ class Feed:
   batch: int
   accumulate: int
   mesh: jax.sharding.Mesh
+  layout: str = 'contiguous'
 
   def __post_init__(self):
     parts = self.mesh.shape[meshes.DATA]
@@ -111,7 +116,13 @@ class Feed:
   def train(self, step: int) -> Batch:
     """The batch of a training step."""
     index = self._mine()
-    return self._spread(self.task.batch('train', step, index.ravel()), index)
+    batch = self.task.batch('train', step, index.ravel())
+    if self.layout != 'contiguous':
+      packing = batch.packing or Packing.dense(*batch.weights.shape)
+      batch = dataclasses.replace(batch, packing=packing)
+      parts = self.mesh.shape[meshes.SEQ]
+      batch = stripe.lay(batch, parts, self.layout)
+    return self._spread(batch, index)
 
   def test(self, number: int) -> Batch:
     """Batch `number` of the test set, read from its first row on.

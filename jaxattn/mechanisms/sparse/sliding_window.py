@@ -151,4 +151,5 @@ SPEC = Spec(
   ),
   flops=_flops,
   state_bytes=_state_bytes,
+  near=True,
 )
