@@ -11,6 +11,8 @@ With a memory (decoding, and prefill in chunks) time is whole on every device.
 """
 
 import dataclasses
+import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -113,6 +115,8 @@ def _mapped(engine, arrays, weights, where, specs=None):
     out_specs=where,
   )(*arrays, *weights)
 
+
+log = logging.getLogger(__name__)
 
 # ------------------------------------------------------------- what is chosen
 
@@ -278,8 +282,9 @@ RULES = (
 )
 
 
+@functools.cache  # and so logged once
 def choose(call: Call, forced: str | None = None) -> Strategy:
-  """The strategy for a call, with its reason.
+  """The strategy for a call, with its reason, which is logged.
 
   Raises:
     ValueError: no strategy has the name that is asked for.
@@ -299,7 +304,9 @@ def choose(call: Call, forced: str | None = None) -> Strategy:
     raise NotImplementedError(
       f'strategy={name!r} cannot serve this: {refusal}; {", ".join(others)} can'
     )
-  return Strategy(name, reason, *costs)
+  strategy = Strategy(name, reason, *costs)
+  log.info('attention over %d devices runs as %s', call.devices, strategy)
+  return strategy
 
 
 def layout(

@@ -1,0 +1,113 @@
+"""What is chosen for time over devices, and why: on the host alone."""
+
+import logging
+import math
+
+import jax
+import pytest
+
+from jaxattn import registry
+from jaxattn.parallel import mesh as meshes
+from jaxattn.parallel import sequence
+from jaxattn.parallel.sequence import Call, choose
+
+# A model of 32 heads of width 128 in bfloat16, 4,096 tokens a device.
+SIZES = {'t': 4096, 's': 4096, 'h': 32, 'd': 128, 'e': 128, 'itemsize': 2}
+NEAR = {'reach': (511, 0), 'dense': True}
+
+
+@pytest.mark.parametrize(
+  ('name', 'given'),
+  [
+    ('halo', {'devices': 64, 'k': 8, **NEAR}),
+    # Packed: the neighbour may hold other tokens than those before.
+    ('ulysses', {'devices': 8, 'k': 8, 'reach': (511, 0)}),
+    ('ulysses', {'devices': 8, 'k': 8, **NEAR, 'reach': (5000, 0)}),
+    ('ulysses', {'devices': 8, 'k': 32}),
+    ('gather', {'devices': 16, 'k': 8}),
+    ('gather', {'devices': 8, 'k': 1}),
+    ('hybrid', {'devices': 256, 'k': 8}),
+    ('ring', {'devices': 1024, 'k': 1}),
+  ],
+)
+def test_rules(name, given):
+  found = choose(Call(**SIZES, **given))
+  assert found.name == name
+  assert found.reason in {reason for _, reason, _ in sequence.RULES}
+
+
+def test_costs():
+  """Of 16 devices, 8 key heads: a token's keys and values are 4 KiB."""
+  call = Call(devices=16, k=8, **SIZES)
+  part = 4096 * 4096
+  by = {name: choose(call, name) for name in ('ring', 'gather', 'ulysses')}
+  assert (by['ring'].hops, by['ring'].sent) == (15, 15 * part)
+  assert by['ring'].held == 2 * part
+  assert (by['gather'].hops, by['gather'].held) == (1, 15 * part)
+  # q, o, and 16 heads of keys and values, of which 15 / 16 go away.
+  assert by['ulysses'].sent == 15 / 16 * (4096 * 2 * 128 * 2) * (32 + 16)
+  assert by['ulysses'].held == part  # each key head is there twice
+  hybrid = choose(call)
+  assert hybrid.name == 'hybrid'
+  assert hybrid.hops == 2 + 1  # groups of 8, and a ring of two groups
+
+
+def test_a_gather_that_is_asked_for_takes_some_heads_at_a_time():
+  call = Call(devices=256, k=8, **SIZES)
+  found = choose(call, 'gather')
+  assert found.sent == 255 * 4096 * 4096
+  assert found.held <= sequence.ROOM
+  assert found.hops == math.ceil(found.sent / sequence.ROOM)
+
+
+def test_what_is_said(caplog):
+  call = Call(devices=64, k=8, **SIZES, **NEAR)
+  with caplog.at_level(logging.INFO):
+    choose.cache_clear()
+    text = str(choose(call))
+    choose(call)
+  assert text == (
+    'halo (no query sees beyond the neighbours): each device sends 2.0 MiB'
+    ' forward, hops: 1; it holds 2.0 MiB of others'
+  )
+  said = [x.message for x in caplog.records]
+  assert said == [f'attention over 64 devices runs as {text}']  # once
+
+
+def test_what_cannot_be_is_refused_with_what_can():
+  call = Call(devices=8, k=8, **SIZES)
+  with pytest.raises(NotImplementedError, match=r'any order; ulysses, gather'):
+    choose(call, 'halo')
+  with pytest.raises(ValueError, match=r"no strategy 'star', only halo"):
+    choose(call, 'star')
+  alone = Call(devices=7, k=8, **SIZES)
+  with pytest.raises(NotImplementedError, match='8 key heads and 7 devices'):
+    choose(alone, 'hybrid')
+
+
+def layout(names, length=1024, asked=None, seq=4):
+  specs = {name: registry.spec(name) for name in names}
+  mesh = jax.sharding.AbstractMesh((2, seq, 1), meshes.AXES)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return sequence.layout(specs, length, asked)
+
+
+def test_layouts():
+  assert layout(['multi_head', 'moba']) == 'striped'
+  assert layout(['multi_head', 'gated_linear']) == 'contiguous'
+  assert layout(['multi_head', 'sliding_window']) == 'contiguous'
+  assert layout(['sliding_window'], asked='zigzag') == 'zigzag'
+  assert layout(['multi_head'], length=1023) == 'contiguous'
+  assert layout(['multi_head'], seq=1) == 'contiguous'
+  assert sequence.layout({}, 1024) == 'contiguous'  # no mesh
+
+
+def test_layouts_that_cannot_be():
+  with pytest.raises(
+    ValueError, match=r"'striped': .* gated_linear, s4d; take"
+  ):
+    layout(['s4d', 'multi_head', 'gated_linear'], asked='striped')
+  with pytest.raises(ValueError, match='one of contiguous, striped, zigzag'):
+    layout(['multi_head'], asked='spiral')
+  with pytest.raises(ValueError, match=r'1028 tokens .* a multiple of 8'):
+    layout(['multi_head'], length=1028, asked='zigzag')
