@@ -299,12 +299,8 @@ MUTANTS = {
   ),
   'partials not rescaled': (
     *('causal', 'ring', ring, '_fold'),
-    lambda ring, visit, carry, block, hops: FOLD(
-      ring,
-      lambda hop, carry, block: carry._replace(
-        l=carry.l + visit(hop, carry, block).l
-      ),
-      *(carry, block, hops),
+    lambda ring, visit, merge, *rest: FOLD(
+      ring, visit, lambda x, y: merge(x, y)._replace(l=x.l + y.l), *rest
     ),
   ),
   'heads of a neighbour': (

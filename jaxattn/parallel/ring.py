@@ -92,15 +92,15 @@ def over(ring: Ring, dense: bool = False):
     def forward(rule, q, k, v, extras, query, key):
       wide = dataclasses.replace(rule, dtype=np.dtype(accumulator(q)))
 
-      def visit(hop, partial, block):
+      def visit(hop, block):
         seen = _with_keys(extras, block, ring.owner(hop))
         inputs = q, block.k, block.v, seen, query, block.key
-        more = monoid.open(*engine.forward(wide, *inputs))
-        return monoid.merge(partial, more)
+        return monoid.open(*engine.forward(wide, *inputs))
 
       hops = _hops(rule.mask, query, key, ring, dense)
-      block = Block(k, v, _of_keys(extras), key)
-      partial = _fold(ring, visit, monoid.nothing(q, v), block, hops)
+      block = alike(Block(k, v, _of_keys(extras), key), ())
+      nothing = monoid.nothing(q, v)
+      partial = _fold(ring, visit, monoid.merge, nothing, block, hops)
       o, *rest = monoid.finish(partial)
       return o.astype(rule.dtype), *rest
 
@@ -115,7 +115,7 @@ def over(ring: Ring, dense: bool = False):
         return stays, (dk, dv, _of_keys(dextras))
 
       hops = _hops(rule.mask, query, key, ring, dense)
-      block = Block(k, v, _of_keys(extras), key)
+      block = alike(Block(k, v, _of_keys(extras), key), ())
       (dq, dextras), (dk, dv, own) = _fold_back(ring, visit, block, hops)
       return dq, dk, dv, _put_keys(dextras, own)
 
@@ -130,16 +130,16 @@ def over(ring: Ring, dense: bool = False):
   return spread
 
 
-def _fold(ring, visit, carry, block, hops):
-  """carry = visit(hop, carry, block), for one's own block and those to come."""
+def _fold(ring, visit, merge, carry, block, hops):
+  """merge(carry, visit(hop, block)), for one's own block and those to come."""
 
   def step(hop, state):
     carry, block = state
-    coming = ring.shift(block)
-    return visit(hop, carry, block), coming
+    coming, more = _meanwhile(ring.shift(block), visit(hop, block))
+    return merge(carry, more), coming
 
   carry, block = lax.fori_loop(0, hops, step, (carry, block))
-  return visit(hops, carry, block)
+  return merge(carry, visit(hops, block))
 
 
 def _fold_back(ring, visit, block, hops):
@@ -150,14 +150,23 @@ def _fold_back(ring, visit, block, hops):
   add = functools.partial(jax.tree.map, jnp.add)
 
   def step(hop, state):
-    stays, goes, block = state
-    coming, goes = ring.shift(block), ring.shift(goes)
-    more = visit(hop, block)
+    stays, *moving = state
+    moved, more = _meanwhile(ring.shift(moving), visit(hop, moving[1]))
+    goes, coming = moved
     return add(stays, more[0]), add(goes, more[1]), coming
 
-  state = *visit(0, block), ring.shift(block)
-  stays, goes, _ = lax.fori_loop(1, hops + 1, step, state)
+  coming, (stays, goes) = _meanwhile(ring.shift(block), visit(0, block))
+  stays, goes, _ = lax.fori_loop(1, hops + 1, step, (stays, goes, coming))
   return stays, _home(ring, goes, hops)
+
+
+def _meanwhile(moved, computed):
+  """Both, when both are done.
+
+  The compiler hides the way behind what it can do meanwhile. Without this it
+  would be content with the little that comes after the kernel.
+  """
+  return lax.optimization_barrier((moved, computed))
 
 
 def _home(ring, goes, hops):
