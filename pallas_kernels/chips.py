@@ -37,8 +37,9 @@ def missing() -> str | None:
   return None
 
 
-def device(chip: str) -> jax.Device:
-  """One such chip.
+@functools.cache
+def devices(chip: str) -> tuple[jax.Device, ...]:
+  """Four such chips, or as many as are described at least.
 
   Raises:
     ModuleNotFoundError: libtpu is not installed.
@@ -56,13 +57,13 @@ def device(chip: str) -> jax.Device:
     topology_name=TOPOLOGIES[chip],
     **(two_cores if chip == 'v4' else {}),
   )
-  return described.devices[0]
+  return tuple(described.devices)
 
 
 @functools.cache
-def mesh(chip: str) -> jax.sharding.Mesh:
-  """One such chip alone: under it a program is traced for that chip."""
-  return jax.sharding.Mesh([device(chip)], ('chip',))
+def mesh(chip: str, count: int = 1, axis: str = 'chip') -> jax.sharding.Mesh:
+  """Such chips in a row: under it a program is traced for them."""
+  return jax.sharding.Mesh(devices(chip)[:count], (axis,))
 
 
 def on(chip: str, shapes):
