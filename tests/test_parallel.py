@@ -350,34 +350,27 @@ def dropped():
   return found
 
 
-MOVES = ('ppermute', 'all_gather', 'all_to_all')
+# Of what a device holds, the share that it sends to n - 1 others.
+SHARES = {
+  'ppermute': lambda n: 1,
+  'all_gather': lambda n: n - 1,
+  'all_to_all': lambda n: (n - 1) / n,
+}
 
 
 def sent(jaxpr, times=1):
   """(primitive, bytes that a device sends, how often) in a program."""
+  nested = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
   for equation in jaxpr.eqns:
-    name = equation.primitive.name
-    if name in MOVES:
+    name, params = equation.primitive.name, equation.params
+    if name in SHARES:
       size = sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
-      shares = {
-        'ppermute': 1,
-        'all_gather': N - 1,
-        'all_to_all': (N - 1) / N,
-      }
-      groups = equation.params.get('axis_index_groups')
-      if groups:
-        share = {'all_gather': len(groups[0]) - 1}
-        share['all_to_all'] = 1 - 1 / len(groups[0])
-        shares |= share
-      yield name, size * shares[name], times
-    again = times * equation.params.get('length', 1)
-    for value in jax.tree.leaves(
-      equation.params,
-      is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr'),
-    ):
+      groups = params.get('axis_index_groups')
+      yield name, size * SHARES[name](len(groups[0]) if groups else N), times
+    for value in jax.tree.leaves(params, is_leaf=nested):
       inner = getattr(value, 'jaxpr', value)
       if hasattr(inner, 'eqns'):
-        yield from sent(inner, again)
+        yield from sent(inner, times * params.get('length', 1))
 
 
 def chosen():
