@@ -263,7 +263,7 @@ def compare(case, overs):
         # Gradients of what scores share are sums of terms that cancel.
         x <= (4 if 'rest' in at else 2) * max(naive[at], one[at]) + EPS
         and (
-          not merges or 'rest' in at or even[at] <= 1.1 * steady[at] + EPS / 8
+          not merges or 'rest' in at or even[at] <= 1.1 * steady[at] + EPS / 4
         )
       )
     ]
