@@ -26,7 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # What is compiled is the same from run to run.
 jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
 
 
 def pytest_addoption(parser):
