@@ -68,6 +68,8 @@ def test_cross_attention_passes_it_on(ran):
 def test_a_strategy_that_cannot_be_is_refused():
   with pytest.raises(NotImplementedError, match=r"Moba .*'ring'.*only gather"):
     jaxattn.make('moba', policy=Policy(strategy='ring'))
+  with pytest.raises(NotImplementedError, match=r"MultiHead .*'halo'"):
+    jaxattn.make('multi_head', policy=Policy(strategy='halo'))
   with pytest.raises(ValueError, match=r"'star' must be one of halo, .*ring"):
     Policy(strategy='star')
 

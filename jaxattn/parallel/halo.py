@@ -25,7 +25,13 @@ def over(axis: str, before: int, after: int):
   def spread(engine: Engine):
     def run(rule, q, k, v, extras, query, key):
       wide = lambda x: extend(x, axis, before, after)
-      own = lambda x: Operands(x.heads, x.queries, tuple(map(wide, x.keys)))
+      there = wide(jnp.ones_like(k[:, :, :1, 0], bool))
+
+      def number(x):
+        # Beyond the ends what occurs here: a score may divide by it.
+        return jnp.where(there, wide(x), x[:, :1])
+
+      own = lambda x: Operands(x.heads, x.queries, tuple(map(number, x.keys)))
       extras = Extras(
         tuple(map(own, extras.scores)),
         tuple(map(own, extras.weights)),

@@ -162,8 +162,7 @@ class Strategy:
     name: one of STRATEGIES.
     reason: why it was taken.
     hops: exchanges that wait for each other, forward.
-    sent: bytes that a device sends, forward; backward it is twice as many and,
-      where gradients travel, in float32.
+    sent: bytes that a device sends, forward.
     held: bytes that it holds of what others have.
     over: the strategy itself, for an engine's `over`.
   """
@@ -256,6 +255,8 @@ STRATEGIES = {
   'hybrid': _hybrid,
   'ring': _ring,
 }
+# Those that reach every key; a halo is for windows.
+FAR = ('ulysses', 'gather', 'hybrid', 'ring')
 # The first that holds is taken.
 RULES = (
   (

@@ -93,10 +93,10 @@ def over(group: Group, inner: Over | None = None):
       h = q.shape[2]
       repeat, total = heads(h, k.shape[2], group.size)
 
-      def filled(x, axis):
+      def filled(x, axis, mode='constant'):
         fill = [(0, 0)] * x.ndim
         fill[axis] = (0, total - h)
-        return jnp.pad(x, fill) if total > h else x
+        return jnp.pad(x, fill, mode) if total > h else x
 
       def of_keys(x):
         x = jnp.repeat(x, repeat, axis=2) if repeat > 1 else x
@@ -107,11 +107,12 @@ def over(group: Group, inner: Over | None = None):
         """'b t h' or 'b t 1'."""
         if x.shape[2] == 1:
           return group.all_of_time(x)
-        return group.heads_for_time(filled(x, 2))
+        return group.heads_for_time(filled(x, 2, 'edge'))
 
       def own(operands):
+        # Filled up with what occurs: a score may divide by it.
         return Operands(
-          tuple(group.my_heads(filled(x, 0)) for x in operands.heads),
+          tuple(group.my_heads(filled(x, 0, 'edge')) for x in operands.heads),
           tuple(map(per_token, operands.queries)),
           tuple(map(per_token, operands.keys)),
         )

@@ -97,7 +97,7 @@ class GroupedQuery(Mixer):
   position: str | Mapping[str, Any] = 'rope'
 
   implementations = softmax.IMPLEMENTATIONS
-  strategies = tuple(sequence.STRATEGIES)
+  strategies = sequence.FAR
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:

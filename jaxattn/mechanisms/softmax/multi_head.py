@@ -95,7 +95,7 @@ class MultiHead(Mixer):
 
   reads_context = True
   implementations = softmax.IMPLEMENTATIONS
-  strategies = tuple(sequence.STRATEGIES)
+  strategies = sequence.FAR
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:

@@ -84,7 +84,7 @@ class Sigmoid(Mixer):
   offset: float | None = None
   position: str | Mapping[str, Any] = 'rope'
 
-  strategies = tuple(sequence.STRATEGIES)
+  strategies = sequence.FAR
 
   def check(self, width):
     if self.head_dim is None and width % self.heads:
