@@ -710,13 +710,14 @@ def tracing(subject: Subject) -> None:
 def sharding(subject: Subject) -> None:
   """Time over devices changes nothing: outputs, gradients, packed rows.
 
-  Needs eight devices; two hold halves of the batch, four a quarter of time. The
-  length of the packed rows does not divide.
+  Needs eight devices; two hold halves of the batch, four a quarter of time. One
+  length does not divide.
   """
   segments = np.array([[1] * 7 + [2] * 6, [0, 0] + [1] * 9 + [0, 2]], np.int32)
-  packed = Packing.from_segments(segments)
+  even, uneven = map(Packing.from_segments, (segments[:, :-1], segments))
   for packing, mode, length in (
-    (packed, 'explicit', LENGTH),
+    (even, 'explicit', LENGTH - 1),
+    (uneven, 'explicit', LENGTH),
     (None, 'auto', LENGTH - 1),
   ):
     x, cotangent = subject.x[:, :length], subject.cotangent[:, :length]
