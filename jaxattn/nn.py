@@ -6,6 +6,7 @@ initialisers and dropout.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import flax.linen as nn
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattn.parallel import place, sequence
-from jaxattn.typing import Array, Float, Initializer, Int, Stream
+from jaxattn.typing import Array, Float, Initializer, Int, PyTree, Stream
 
 # LeCun's rule: outputs have the variance of the inputs.
 lecun = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
@@ -100,6 +101,25 @@ class Linear(nn.Module):
     return y
 
 
+class Matrix(nn.Module):
+  """The weights of a linear map alone, whole: what `Linear` multiplies by."""
+
+  inputs: int
+  outputs: int
+  policy: Policy = Policy()
+
+  @nn.compact
+  def __call__(self) -> Float[Array, 'm n']:
+    return place.whole(
+      self.param(
+        'kernel',
+        self.policy.kernel_init,
+        (self.inputs, self.outputs),
+        self.policy.param_dtype,
+      )
+    )
+
+
 class Embed(nn.Module):
   """A table of `vocab` rows; `attend` reads it backwards, as tied logits."""
 
@@ -121,9 +141,30 @@ class Embed(nn.Module):
     table = place.whole(self.table).astype(self.policy.dtype)
     return sequence.run(look_up, ids, weights=(table,))
 
-  def attend(self, x: Stream) -> Float[Array, 'b t v']:
-    table = place.whole(self.table).astype(self.policy.dtype)
-    return jnp.einsum('btm,vm->btv', x, table)
+  def attend(
+    self,
+    x: Stream,
+    read: Callable[..., PyTree] = lambda logits: logits,
+    *arrays: PyTree,
+    block: int | None = None,
+  ) -> PyTree:
+    """`read(logits, *arrays)`, of logits 'b t v' in float32 or wider.
+
+    Args:
+      x: the stream.
+      read: what becomes of each token's logits; by default they are returned.
+      *arrays: pytrees of 'b t ...' that `read` takes as well.
+      block: tokens at a time, so that no more logits than theirs ever exist.
+    """
+
+    def engine(x, *arrays_and_table):
+      *arrays, table = arrays_and_table
+      logits = jnp.einsum('btm,vm->btv', x, table.astype(x.dtype))
+      exact = jnp.promote_types(logits.dtype, jnp.float32)
+      return read(logits.astype(exact), *arrays)
+
+    weights = (place.whole(self.table),)
+    return sequence.run(engine, x, *arrays, weights=weights, block=block)
 
 
 class Norm(nn.Module):

@@ -365,12 +365,16 @@ class Counting(nn.Module):
   """A model with statistics: it counts the calls in which it learns."""
 
   @nn.compact
-  def __call__(self, ids, packing=None, *, deterministic=True):
+  def __call__(self, ids, packing=None, *, deterministic=True, judge=None):
     calls = self.variable('stats', 'calls', lambda: jnp.float32(0))
     if not deterministic:
       calls.value += 1
     table = self.param('table', nn.initializers.ones, (16, 16))
-    return Modelled(table[ids.astype(jnp.int32)] * calls.value, None)
+    logits = table[ids.astype(jnp.int32)] * calls.value
+    if judge is not None:
+      read, batch = judge
+      logits = read(logits, batch)
+    return Modelled(logits, None)
 
 
 def test_statistics_pass_through_slices_and_steps():

@@ -146,8 +146,7 @@ class TestMesh:
   def test_weights_and_moments_are_split(self, found, mixer, mode):
     split = found[mixer][mode]['split']
     kernels = {name for name in split if name.endswith(('kernel', 'table'))}
-    part = 1 / 2 if 'time' in mode else 1 / 8  # over `data` alone
-    parts = {name for name, share in split.items() if share == [part, part]}
+    parts = {name for name, share in split.items() if share == [1 / 8] * 2}
     whole = {name for name, share in split.items() if share == [1, 1]}
     assert parts | whole == set(split)
     assert parts <= kernels

@@ -10,7 +10,8 @@ The model has the calling convention of a mixer: chunks of a stream with a state
 carried between them equal the whole stream at once.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,8 +21,9 @@ import jax.numpy as jnp
 from jaxattn import registry
 from jaxattn.mixer import Mixer
 from jaxattn.models import pattern
-from jaxattn.nn import Dropout, Embed, Linear, Norm, Policy
+from jaxattn.nn import Dropout, Embed, Matrix, Norm, Policy
 from jaxattn.packing import Packing
+from jaxattn.parallel import sequence
 from jaxattn.typing import Array, Float, PerToken, PyTree, Stream
 
 # What layers may have, stacked where layers are scanned over.
@@ -29,23 +31,45 @@ COLLECTIONS = ('params', 'stats', 'losses', 'intermediates')
 
 
 class Modelled(NamedTuple):
-  """logits 'b t v' in float32, and the state if one was asked for."""
+  """logits 'b t v' in float32, and the state if one was asked for.
+
+  Where the model was given a `judge`, what that says stands for the logits.
+  """
 
   logits: Float[Array, 'b t v']
   state: PyTree
 
 
 class FeedForward(nn.Module):
-  """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+  """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202).
+
+  Attributes:
+    hidden: units inside.
+    policy: dtypes and initialiser.
+    block: tokens at a time; see `parallel.blockwise`.
+  """
 
   hidden: int
   policy: Policy
+  block: int | None = None
 
   @nn.compact
   def __call__(self, x: Stream) -> Stream:
-    linear = lambda to, name: Linear(to, policy=self.policy, name=name)
-    gate = jax.nn.silu(linear(self.hidden, 'gate')(x))
-    return linear(x.shape[-1], 'out')(gate * linear(self.hidden, 'up')(x))
+    width, matrix = x.shape[-1], functools.partial(Matrix, policy=self.policy)
+    weights = (
+      matrix(width, self.hidden, name='gate')(),
+      matrix(width, self.hidden, name='up')(),
+      matrix(self.hidden, width, name='out')(),
+    )
+    x = x.astype(self.policy.dtype)
+    return sequence.run(swiglu, x, weights=weights, block=self.block)
+
+
+def swiglu(x, gate, up, out):
+  """(silu(x gate) * (x up)) out, in the dtype of x."""
+  # Cast here, so that gradients of weights add up as they are kept.
+  gate, up, out = (w.astype(x.dtype) for w in (gate, up, out))
+  return (jax.nn.silu(x @ gate) * (x @ up)) @ out
 
 
 class Block(nn.Module):
@@ -55,6 +79,7 @@ class Block(nn.Module):
   fields: Mapping[str, Any]
   hidden: int
   policy: Policy
+  block: int | None = None
 
   @nn.compact
   def __call__(self, x, packing, state, return_state, deterministic):
@@ -76,7 +101,9 @@ class Block(nn.Module):
     )
     x = x + drop(y, deterministic)
     if self.hidden:
-      feed_forward = FeedForward(self.hidden, self.policy, name='feed_forward')
+      feed_forward = FeedForward(
+        self.hidden, self.policy, self.block, name='feed_forward'
+      )
       y = feed_forward(norm('feed_forward_norm')(x))
       x = x + drop(y, deterministic)
     return x, state
@@ -89,6 +116,7 @@ class Unit(nn.Module):
   mechanisms: Mapping[str, Mapping[str, Any]]
   hidden: int
   policy: Policy
+  block: int | None
   return_state: bool
   deterministic: bool
 
@@ -101,6 +129,7 @@ class Unit(nn.Module):
         self.mechanisms.get(name, {}),
         self.hidden,
         self.policy,
+        self.block,
         name=f'block_{i}',
       )
       state = None if states is None else states[i]
@@ -122,6 +151,9 @@ class LM(nn.Module):
     hidden: width inside the feed-forward; None means 8/3 width, rounded up to
       16; 0 leaves the feed-forward out.
     remat: recompute activations in the backward pass, layer by layer.
+    block: tokens of a row that a device serves at a time in feed-forward and
+      loss, and again in the backward pass (`parallel.blockwise`), so that
+      hidden units and logits of no more tokens ever exist; None takes all.
     policy: dtypes, dropout, initialiser and kernel of all layers.
 
   Raises:
@@ -136,9 +168,12 @@ class LM(nn.Module):
   mechanisms: Mapping[str, Mapping[str, Any]] = nn.FrozenDict()
   hidden: int | None = None
   remat: bool = False
+  block: int | None = None
   policy: Policy = Policy()
 
   def __post_init__(self):
+    if self.block is not None and self.block < 1:
+      raise ValueError(f'block={self.block} must be at least 1, or None')
     # Frozen, so that a model is a key of jit's cache.
     if not isinstance(self.mixer, str):
       self.mixer = tuple(self.mixer)
@@ -224,10 +259,13 @@ class LM(nn.Module):
     state: PyTree = None,
     return_state: bool = False,
     deterministic: bool = True,
+    judge: tuple[Callable[..., PyTree], PyTree] | None = None,
   ) -> Modelled:
     """Logits for the token after each of `ids` 'b t'.
 
-    Args and semantics are those of `Mixer.__call__`.
+    Args and semantics are those of `Mixer.__call__`. A `judge` is (read, batch)
+    with arrays 'b t ...' in `batch`: instead of logits there is then what
+    `read(logits, batch)` says of each token, `block` tokens at a time.
     """
     embed = Embed(self.vocab, self.width, self.policy, name='embed')
     x = embed(ids)
@@ -246,13 +284,14 @@ class LM(nn.Module):
         self.mechanisms,
         self.hidden_width(),
         self.policy,
+        self.block,
         return_state,
         deterministic,
         name=f'layers_{g}',
       )(x, None if state is None else state[g], packing)
       after.append(states)
     x = Norm(self.policy, name='norm')(x)
-    logits = embed.attend(x).astype(jnp.float32)
+    logits = embed.attend(x, *(judge or ()), block=self.block)
     return Modelled(logits, tuple(after) if return_state else None)
 
 

@@ -9,7 +9,7 @@ matrices: a linear mixer then makes the linear transformers that theory writes
 down (von Oswald et al. 2022, https://arxiv.org/abs/2212.07677).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -180,10 +180,13 @@ class Regressor(nn.Module):
     state: PyTree = None,
     return_state: bool = False,
     deterministic: bool = True,
+    judge: tuple[Callable[..., PyTree], PyTree] | None = None,
   ) -> Regressed:
     """Outputs at each position of `inputs` 'b t f'.
 
-    Args and semantics are those of `Mixer.__call__`.
+    Args and semantics are those of `Mixer.__call__`. A `judge` is (read, batch)
+    with arrays 'b t ...' in `batch`: what `read(outputs, batch)` says then
+    stands for the outputs.
     """
     x = inputs.astype(self.policy.dtype)
     if self.read_in:
@@ -207,4 +210,7 @@ class Regressor(nn.Module):
       x = Norm(self.policy, name='norm')(x)
     outputs = Linear(self.outputs, policy=self.policy, name='read_out')(x)
     outputs = outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    if judge is not None:
+      read, batch = judge
+      outputs = read(outputs, batch)
     return Regressed(outputs, tuple(after) if return_state else None)

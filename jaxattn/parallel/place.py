@@ -1,4 +1,6 @@
-"""Where arrays live: weights over `data` (FSDP), batches over `data`."""
+"""Where arrays live: weights over all devices (FSDP), batches over `data`."""
+
+import math
 
 import jax
 from jax.sharding import AxisType
@@ -9,24 +11,25 @@ STACKED = 'layers_'  # how models name weights that lead with the layer
 
 
 def weight(shape: tuple[int, ...], mesh, smallest: int = 2**12) -> jax.P:
-  """Where a weight is stored: its longest divisible axis over `data`.
+  """Where a weight is stored: its longest divisible axis over all devices.
 
-  Vectors and small matrices stay whole: splitting them saves nothing and costs
-  a gather. Stored so, weights are gathered where they are used (`whole`).
+  Over `data` and `seq` together, or over the larger of them that divides an
+  axis. Vectors and small matrices stay whole: splitting them saves nothing and
+  costs a gather. Stored so, weights are gathered where they are used (`whole`).
   """
-  parts = mesh.shape[meshes.DATA]
-  size = 1
-  for n in shape:
-    size *= n
-  if parts == 1 or len(shape) < 2 or size < smallest:
+  if len(shape) < 2 or math.prod(shape) < smallest:
     return jax.P()
-  axes = [i for i, n in enumerate(shape) if n % parts == 0]
-  if not axes:
-    return jax.P()
-  longest = max(axes, key=lambda i: (shape[i], i))
-  return jax.P(
-    *(meshes.DATA if i == longest else None for i in range(len(shape)))
-  )
+  size = lambda names: math.prod(mesh.shape[name] for name in names)
+  ways = [(meshes.DATA, meshes.SEQ), (meshes.DATA,), (meshes.SEQ,)]
+  for names in sorted(ways, key=size, reverse=True):
+    axes = [i for i, n in enumerate(shape) if n % size(names) == 0]
+    if size(names) > 1 and axes:
+      longest = max(axes, key=lambda i: (shape[i], i))
+      names = tuple(name for name in names if mesh.shape[name] > 1)
+      return jax.P(
+        *(names if i == longest else None for i in range(len(shape)))
+      )
+  return jax.P()
 
 
 def weights(tree, mesh):

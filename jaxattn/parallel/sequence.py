@@ -22,21 +22,35 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxattn.core import softmax
-from jaxattn.parallel import gather, halo, place, ring, stripe, ulysses
+from jaxattn.parallel import (
+  blockwise,
+  gather,
+  halo,
+  place,
+  ring,
+  stripe,
+  ulysses,
+)
 from jaxattn.parallel import mesh as meshes
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.masks import Mask
 from pallas_kernels.problem import Over
 
 
-def run(engine: Callable, *arrays, weights=()):
+def run(engine: Callable, *arrays, weights=(), block: int | None = None):
   """`engine(*arrays, *weights)` for what does not mix over time.
 
   Args:
     engine: a pure function; all it returns is 'b t ...'.
     *arrays: pytrees whose leaves are all 'b t ...' (`None` is allowed).
     weights: pytrees that every device needs whole.
+    block: tokens to serve at a time, see `blockwise`, if the engine is a
+      function of each token on its own; None serves all at once.
   """
+  if block is not None:
+    serve, count = engine, len(arrays)
+    in_blocks = blockwise.over(lambda x, w: serve(*x, *w), block)
+    engine = lambda *inputs: in_blocks(inputs[:count], inputs[count:])
   mesh = meshes.current()
   leaves = jax.tree.leaves(arrays)
   if mesh is None or not leaves:

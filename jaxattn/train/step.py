@@ -211,15 +211,16 @@ def programs(
     )
 
   def loss(params, stats, batch, key, count):
-    (outputs, _), changed = model.apply(
+    (losses, _), changed = model.apply(
       {'params': params, 'stats': stats},
       batch.inputs,
       batch.packing,
       deterministic=False,
+      judge=(task.losses, batch),
       rngs={'dropout': key},
       mutable=['stats', 'losses'],
     )
-    total, _ = weighed(task.losses(outputs, batch), batch.weights)
+    total, _ = weighed(losses, batch.weights)
     value = total / count
     for part in auxiliary(changed.get('losses', {})):
       value += part / feed.accumulate
