@@ -5,6 +5,7 @@ they share one `Policy`, so that a mechanism need not carry fields for dtypes,
 initialisers and dropout.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Policy:
 
 
 class Linear(nn.Module):
-  """y = x W (+ b), over the last `axes` axes of x, to `features`.
+  """y = x W (+ b), over the last `axes` axes of x 'b t ...', to `features`.
 
   `features` may be several: `Linear((heads, width))` maps 'b t m' to 'b t h d',
   and `Linear(m, axes=2)` maps it back.
@@ -89,20 +90,23 @@ class Linear(nn.Module):
     kernel = self.param(
       'kernel', matrix, (*inputs, *features), self.policy.param_dtype
     )
-    contract = tuple(range(x.ndim - self.axes, x.ndim)), tuple(range(self.axes))
-    y = jax.lax.dot_general(
-      x.astype(dtype), place.whole(kernel).astype(dtype), (contract, ((), ()))
-    )
+    bias = ()
     if self.bias:
-      bias = self.param(
-        'bias', self.bias_init, features, self.policy.param_dtype
-      )
-      y = y + place.whole(bias).astype(dtype)
-    return y
+      init = self.bias_init
+      bias = (self.param('bias', init, features, self.policy.param_dtype),)
+    engine = functools.partial(linear, axes=self.axes)
+    return sequence.run(engine, x.astype(dtype), weights=(kernel, *bias))
+
+
+def linear(x, kernel, bias=None, *, axes):
+  """x kernel + bias over the last axes of x, in the dtype of x."""
+  last = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+  y = jax.lax.dot_general(x, kernel.astype(x.dtype), (last, ((), ())))
+  return y if bias is None else y + bias.astype(x.dtype)
 
 
 class Matrix(nn.Module):
-  """The weights of a linear map alone, whole: what `Linear` multiplies by."""
+  """The weights of a linear map alone, as they are stored."""
 
   inputs: int
   outputs: int
@@ -110,14 +114,9 @@ class Matrix(nn.Module):
 
   @nn.compact
   def __call__(self) -> Float[Array, 'm n']:
-    return place.whole(
-      self.param(
-        'kernel',
-        self.policy.kernel_init,
-        (self.inputs, self.outputs),
-        self.policy.param_dtype,
-      )
-    )
+    shape = (self.inputs, self.outputs)
+    init = self.policy.kernel_init
+    return self.param('kernel', init, shape, self.policy.param_dtype)
 
 
 class Embed(nn.Module):
@@ -137,9 +136,8 @@ class Embed(nn.Module):
     )
 
   def __call__(self, ids: Int[Array, 'b t']) -> Stream:
-    look_up = lambda ids, table: table[ids]
-    table = place.whole(self.table).astype(self.policy.dtype)
-    return sequence.run(look_up, ids, weights=(table,))
+    look_up = lambda ids, table: table[ids].astype(self.policy.dtype)
+    return sequence.run(look_up, ids, weights=(self.table,))
 
   def attend(
     self,
@@ -163,7 +161,7 @@ class Embed(nn.Module):
       exact = jnp.promote_types(logits.dtype, jnp.float32)
       return read(logits.astype(exact), *arrays)
 
-    weights = (place.whole(self.table),)
+    weights = (self.table,)
     return sequence.run(engine, x, *arrays, weights=weights, block=block)
 
 

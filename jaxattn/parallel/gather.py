@@ -18,6 +18,17 @@ def all_of_time(tree, axis: str):
   )
 
 
+def weight(part: jax.Array, stored: jax.P) -> jax.Array:
+  """A weight of which devices hold parts, as `place.weight` says, whole.
+
+  Backward each device gets the sum of all gradients of its own part.
+  """
+  for axis, names in enumerate(stored):
+    if names is not None:
+      part = lax.all_gather(part, names, axis=axis, tiled=True)
+  return part
+
+
 def over(axis: str, groups: int = 1):
   """Spreads an engine over devices along `axis`.
 

@@ -7,7 +7,8 @@ device holds a part of the time axis: JAX says so in the type of each array, and
 engines that mix over time are called by way of the functions below, which then
 talk to the other devices, and else do not.
 
-With a memory (decoding, and prefill in chunks) time is whole on every device.
+With a memory (decoding, and prefill in chunks) the time of a chunk is whole on
+every device. The memory of what attends is in parts (`tree`), others are whole.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from jaxattn.parallel import (
   place,
   ring,
   stripe,
+  tree,
   ulysses,
 )
 from jaxattn.parallel import mesh as meshes
@@ -43,7 +45,8 @@ def run(engine: Callable, *arrays, weights=(), block: int | None = None):
   Args:
     engine: a pure function; all it returns is 'b t ...'.
     *arrays: pytrees whose leaves are all 'b t ...' (`None` is allowed).
-    weights: pytrees that every device needs whole.
+    weights: pytrees that every device needs whole; best given as they are
+      stored (`place.weight`).
     block: tokens to serve at a time, see `blockwise`, if the engine is a
       function of each token on its own; None serves all at once.
   """
@@ -93,7 +96,11 @@ def stream(engine: Callable, *inputs, weights=()):
   b, t = tokens.order.shape
   lead, parts = place.batch(b, mesh), mesh.shape[meshes.SEQ]
   if memory is not None:
-    o, after = _mapped(engine, inputs, weights, lead)
+    slots = place.slots(memory, mesh, b)
+    specs = *jax.tree.map(lambda _: lead, (*arrays, tokens)), slots
+    if place.deals(memory, mesh):
+      engine = tree.given_part(engine, len(arrays) + 1, meshes.SEQ)
+    o, after = _mapped(engine, inputs, weights, (lead, slots), specs)
     return place.over_time(o), after
 
   given = *arrays, tokens
@@ -120,14 +127,24 @@ def stream(engine: Callable, *inputs, weights=()):
 
 
 def _mapped(engine, arrays, weights, where, specs=None):
-  """With results laid `where`; and arrays too, or each by its specs."""
+  """With results laid `where`; and arrays too, or each by its specs.
+
+  Weights come as they are stored, in parts, and are gathered inside: so their
+  gradients are summed and divided in one go, and never held whole.
+  """
+  mesh = meshes.current()
   specs = specs or tuple(jax.tree.map(lambda _: where, arrays))
+  stored = tuple(jax.tree.map(lambda w: place.weight(w.shape, mesh), weights))
+
+  def on_one(*inputs):
+    arrays, parts = inputs[: len(specs)], inputs[len(specs) :]
+    return engine(*arrays, *jax.tree.map(gather.weight, parts, stored))
+
   arrays = jax.tree.map(place.put, arrays, specs)
-  return jax.shard_map(
-    engine,
-    in_specs=(*specs, *(jax.P() for _ in weights)),
-    out_specs=where,
-  )(*arrays, *weights)
+  weights = jax.tree.map(place.put, tuple(weights), stored)
+  return jax.shard_map(on_one, in_specs=(*specs, *stored), out_specs=where)(
+    *arrays, *weights
+  )
 
 
 log = logging.getLogger(__name__)
@@ -324,6 +341,20 @@ def choose(call: Call, forced: str | None = None) -> Strategy:
   return strategy
 
 
+@functools.cache  # and so logged once
+def remember(call: Call) -> Strategy:
+  """How devices that each hold a part of a memory attend; it is logged.
+
+  Of the call t is a chunk's, and s are the slots of one device.
+  """
+  size = tree.sent(call.devices, call.t, call.h, call.e, call.itemsize)
+  part = f'{call.s * call.row / 2**20:,.1f} MiB a row'
+  over = tree.over(meshes.SEQ)
+  strategy = Strategy('tree', f'parts of {part} stay', 2, size, 0, over)
+  log.info('attention over %d devices runs as %s', call.devices, strategy)
+  return strategy
+
+
 def layout(
   specs: Mapping[str, Any], length: int, asked: str | None = None
 ) -> str:
@@ -346,8 +377,7 @@ def layout(
       f'layout={asked!r} must be one of {", ".join(stripe.LAYOUTS)}, or None to'
       ' have one chosen'
     )
-  mesh = meshes.current()
-  parts = 1 if mesh is None else mesh.shape[meshes.SEQ]
+  parts = devices()
   fixed = sorted(n for n, own in specs.items() if own.layout == 'contiguous')
   if asked is None:
     near = any(own.near for own in specs.values())
@@ -363,6 +393,12 @@ def layout(
 
 
 # ------------------------------------------------- inside: what mixes over time
+
+
+def devices() -> int:
+  """Over how many devices time may be spread here."""
+  mesh = meshes.current()
+  return 1 if mesh is None else mesh.shape[meshes.SEQ]
 
 
 def parts(x: jax.Array) -> int:
@@ -399,7 +435,8 @@ def attention(
   Args:
     q, k, v: 'b t h d', 'b s k d', 'b s k e': one device's part.
     engine: `softmax.attention`, or another with its arguments.
-    strategy: one of STRATEGIES; None leaves it to `choose`.
+    strategy: one of STRATEGIES; None leaves it to `choose`. Where keys alone
+      are in parts there is no choice, see `tree`.
     mask, query_order, ...: as of the engine. Where orders and segments are left
       out, tokens stand in their order over the devices.
     dropout: rows are numbered over all devices, so it is the same on any mesh.
@@ -412,7 +449,9 @@ def attention(
   over = None
   if parts(k) > 1:
     sizes = parts(k), *q.shape[1:], *k.shape[1:3], v.shape[3], q.dtype.itemsize
-    over = choose(Call(*sizes, mask.reach(), dense), strategy).over
+    call = Call(*sizes, mask.reach(), dense)
+    # Keys alone are in parts where they are those of a memory.
+    over = (choose(call, strategy) if parts(q) > 1 else remember(call)).over
   if dropout is not None:
     if dropout.batch is None:
       dropout = _numbered(dropout, len(q), q)
