@@ -10,6 +10,17 @@ resumes a run that was stopped, and shows the results of one that is finished.
 WORKDIR gets config.json, metrics.jsonl (one record a line), checkpoints/ and,
 at the end, result.json. jaxattn.load(WORKDIR) gives back the model.
 
+With several hosts, run the same command on each, and add what tells them of
+each other: --distributed on a TPU pod or under Slurm, where they find out by
+themselves, elsewhere
+
+  --coordinator=HOST:PORT --processes=4 --process=0      (and 1, 2, 3)
+
+where HOST is that of process 0. WORKDIR is a folder that all of them see. When
+one of them dies the others end, within twice --timeout seconds, and the same
+commands carry on from the last checkpoint. experiments.pod.local tries all that
+on one machine.
+
 The exit status is 1 if something was wrong, and the last line says what.
 """
 
@@ -28,8 +39,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from experiments import compiled
+from experiments import compiled, processes
 from experiments.screen import EVERY, clock
+from jaxattn.parallel.processes import first
 from jaxattn.tasks import registry as tasks
 from jaxattn.train.loop import fit
 
@@ -117,21 +129,30 @@ def in_order(names: Iterable[str], headline: str) -> list[str]:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  if not flags.FLAGS['verbosity'].present:
+  chosen = flags.FLAGS['verbosity'].present
+  if not chosen:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
-  compiled.keep()
-  terminal = sys.stdout.isatty()
-  console = Console(soft_wrap=not terminal, width=None if terminal else 100)
-  config = flags.FLAGS.config.to_dict()
-  workdir = Path(flags.FLAGS.workdir)
-  try:
-    result = train(config, workdir, console)
-  except KeyboardInterrupt:
-    console.print('Stopped. The same command carries on from here.')
-    sys.exit(130)
-  except (ValueError, FloatingPointError) as error:
-    sys.exit(f'error: {error}')
-  report(result, config, workdir, console)
+  with processes.connected():
+    if not (chosen or first()):
+      logging.set_verbosity(logging.ERROR)  # what one says is enough
+    compiled.keep()
+    terminal = sys.stdout.isatty()
+    console = Console(
+      soft_wrap=not terminal,
+      width=None if terminal else 100,
+      quiet=not first(),
+    )
+    config = flags.FLAGS.config.to_dict()
+    workdir = Path(flags.FLAGS.workdir)
+    try:
+      result = train(config, workdir, console)
+    except KeyboardInterrupt:
+      console.print('Stopped. The same command carries on from here.')
+      sys.exit(130)
+    except (ValueError, FloatingPointError) as error:
+      sys.exit(f'error: {error}')
+    if first():
+      report(result, config, workdir, console)
 
 
 def define(
@@ -148,6 +169,7 @@ def define(
     'workdir', None, 'Folder of the run, new or begun.', flag_values=values
   )
   flags.mark_flags_as_required(['config', 'workdir'], flag_values=values)
+  processes.define(values)
 
 
 def parsed(

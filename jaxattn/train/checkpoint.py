@@ -10,6 +10,10 @@
 A checkpoint carries a sum over the bits of each array, taken on the devices
 before it was written and again after it is read: compressed chunks on disk have
 no checksum of their own, and a flipped bit would go unnoticed.
+
+With several processes the folder is one that all of them see. The first writes
+config.json and run.json, each writes its part of a checkpoint, and what is
+found here, of what is good or damaged, is found by all alike.
 """
 
 import json
@@ -25,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from jaxattn.parallel import processes
 from jaxattn.train import build, log
 from jaxattn.train.step import TrainState
 from jaxattn.typing import PyTree
@@ -70,9 +75,9 @@ def claim(
     Notes on what else has changed since the run began: versions and devices.
 
   Raises:
-    ValueError: the folder belongs to another run. Nothing has been written.
+    ValueError: the folder belongs to another run, and nothing has been written;
+      or this process was given another run than the first.
   """
-  workdir = Path(workdir)
   now = {
     'fingerprint': task.fingerprint(),
     **build.facts(task),
@@ -80,6 +85,25 @@ def claim(
     'versions': {'jax': jax.__version__, 'orbax': ocp.__version__},
     'devices': f'{jax.device_count()} {jax.devices()[0].device_kind}',
   }
+  first, notes = processes.agreed(
+    lambda: [config | now, _claim(Path(workdir), config, now)]
+  )
+  if changed := _differences(first, config | now):
+    listed = '; '.join(
+      f'{key} is {here!r} here and {there!r} there'
+      for key, (there, here) in changed.items()
+    )
+    raise ValueError(
+      f'process {jax.process_index()} was given another run than the first: '
+      f'{listed}. All need the same command, data and versions.'
+    )
+  return notes
+
+
+def _claim(
+  workdir: Path, config: dict[str, Any], now: dict[str, Any]
+) -> list[str]:
+  """`claim` by one process; `now` is what run.json shall say."""
   if not (workdir / 'config.json').exists():
     if (workdir / CHECKPOINTS).exists():
       raise ValueError(
@@ -197,7 +221,9 @@ class Store:
         damaged.append(step)
         self._note(f'checkpoint {step} is damaged: {error}')
         continue
-      self._set_aside(damaged)
+      if damaged:
+        processes.agreed(lambda: self._set_aside(damaged))
+        self._manager.reload()
       return TrainState(**parts['variables'], **parts['training'])
     if damaged:
       raise _all_damaged(self._workdir, self.notes)
@@ -228,12 +254,11 @@ class Store:
         aside = aside.with_name(aside.name + '+')
       aside.parent.mkdir(exist_ok=True)
       os.rename(self._workdir / CHECKPOINTS / str(step), aside)
-    if damaged:
-      self._manager.reload()
 
   def _note(self, text: str) -> None:
     self.notes.append(text)
-    _log.warning('%s: %s', self._workdir, text)
+    if processes.first():
+      _log.warning('%s: %s', self._workdir, text)
 
 
 def load(workdir: str | os.PathLike) -> Loaded:
@@ -308,15 +333,19 @@ def _restore(
   args = {
     name: ocp.args.StandardRestore(shapes) for name, shapes in flat.items()
   }
+  wrong = cause = None
   try:
     found = manager.restore(
       step,
       args=ocp.args.Composite(about=ocp.args.JsonRestore(), **args),
     )
-    sums = _sums({name: found[name] for name in parts})
+    arrays = {name: found[name] for name in parts}
   except Exception as error:  # orbax and tensorstore raise what they meet
     reason = str(error).partition('\n')[0][:200]
-    raise Damaged(f'{type(error).__name__}: {reason}') from error
+    wrong, cause = f'{type(error).__name__}: {reason}', error
+  if wrong := processes.worst(wrong):
+    raise Damaged(wrong) from cause
+  sums = _sums(arrays)
   for name, shapes in flat.items():
     for leaf in shapes:
       if sums[name][leaf] != found['about']['sums'][name].get(leaf):

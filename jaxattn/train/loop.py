@@ -13,7 +13,7 @@ import jax
 
 from jaxattn import registry
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import sequence
+from jaxattn.parallel import processes, sequence
 from jaxattn.train import build, checkpoint, log, optimizer, step
 
 # How many steps the host may be ahead of the devices: enough to hide its own
@@ -34,13 +34,17 @@ def fit(
   On the same devices and versions a run that was stopped, by whatever means,
   ends with the same bits as one that was not, weights and metrics alike.
 
+  Several processes (`jax.distributed`) all call this, and all return the same.
+  The folder is one that all of them see; the first writes what stands there
+  beside the checkpoints, which all write together.
+
   Args:
     config: see `build.DEFAULTS`; what is left out has its default.
     workdir: the run's folder, new or begun. A finished run returns at once.
-    progress: called with (step, steps, numbers) whenever training is recorded;
-      numbers has the record's 'loss', 'grad_norm', 'learning_rate',
-      'steps_per_second' and 'seconds', and 'headline', the task's headline
-      score at the last evaluation. Some are None at first.
+    progress: called with (step, steps, numbers) whenever training is recorded,
+      in every process; numbers has the record's 'loss', 'grad_norm',
+      'learning_rate', 'steps_per_second' and 'seconds', and 'headline', the
+      task's headline score at the last evaluation. Some are None at first.
 
   Returns:
     A dict of 'step'; 'metrics', the last evaluation; 'best', the best one and
@@ -67,8 +71,9 @@ def fit(
   workdir = Path(workdir)
   notes = checkpoint.claim(workdir, config, task)
   finished = workdir / 'result.json'
-  if finished.exists():
-    return json.loads(finished.read_text(encoding='utf-8'))
+  result = processes.agreed(lambda: _finished(finished))
+  if result:
+    return result
 
   with jax.set_mesh(mesh):
     programs = step.programs(model, feed, update, rate, seed=config['seed'])
@@ -81,16 +86,23 @@ def fit(
     finally:
       store.close()
 
-  weights = jax.tree.leaves(programs.shapes.params)
-  result = {
-    **_summary(records, task),
-    'parameters': sum(w.size for w in weights),
-    'flops': model.flops(task.length),
-    'state_bytes': model.state_bytes(task.length),
-    'notes': notes + store.notes,
-  }
-  log.replace(finished, json.dumps(result, indent=2) + '\n')
-  return result
+  def finish():
+    weights = jax.tree.leaves(programs.shapes.params)
+    result = {
+      **_summary(records, task),
+      'parameters': sum(w.size for w in weights),
+      'flops': model.flops(task.length),
+      'state_bytes': model.state_bytes(task.length),
+      'notes': notes + store.notes,
+    }
+    log.replace(finished, json.dumps(result, indent=2) + '\n')
+    return result
+
+  return processes.agreed(finish)
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+  return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
 
 def _train(
@@ -105,14 +117,7 @@ def _train(
   """Takes a state to the last step, and returns all records of the run."""
   start, steps = int(state.step), config['steps']
   path = workdir / 'metrics.jsonl'
-  # What was recorded after this state was saved will be recorded again.
-  records = [r for r in log.read(path) if r['step'] <= start]
-  if start and not records:
-    raise ValueError(
-      f'{path} has no records, but there is a checkpoint after {start} steps: '
-      'put it back, or choose another folder'
-    )
-  log.rewrite(path, records)
+  records = processes.agreed(lambda: _resumed(path, start))
   earlier = records[-1]['seconds'] if records else 0.0
   began = time.perf_counter()
   window, headline = _Window(), None
@@ -120,7 +125,8 @@ def _train(
   def record(kind, numbers):
     seconds = round(earlier + time.perf_counter() - began, 3)
     line = {'step': done, 'kind': kind, **numbers, 'seconds': seconds}
-    records.append(log.append(path, line))
+    # All keep them, for who reads `progress`; the first one's are the run's.
+    records.append(log.append(path, line) if processes.first() else line)
 
   due = lambda key: done % config[key] == 0 or done == steps
   for done in range(start + 1, steps + 1):
@@ -142,10 +148,24 @@ def _train(
       headline = metrics[feed.task.headline]
       record('eval', metrics)
     if saves:
-      log.sync(path)  # a checkpoint always has its records
+      if processes.first():
+        log.sync(path)  # a checkpoint always has its records
       store.save(done, state, headline)
     if scores:
       window.restart()
+  return records
+
+
+def _resumed(path: Path, start: int) -> list[dict[str, Any]]:
+  """The records of the first `start` steps, and no others left in the file."""
+  # What was recorded after this state was saved will be recorded again.
+  records = [r for r in log.read(path) if r['step'] <= start]
+  if start and not records:
+    raise ValueError(
+      f'{path} has no records, but there is a checkpoint after {start} steps: '
+      'put it back, or choose another folder'
+    )
+  log.rewrite(path, records)
   return records
 
 

@@ -78,7 +78,9 @@ class Programs(NamedTuple):
 class Feed:
   """A task's batches on the mesh, in slices: every leaf is 'a b t'.
 
-  Each process makes only the rows that its devices hold.
+  Each process makes only the rows that its devices hold. A row is made whole,
+  for a task is a function of rows, but goes to devices in parts: where `seq`
+  spans processes, each places its own part of time alone.
 
   Attributes:
     task: where rows come from.
@@ -150,13 +152,22 @@ class Feed:
     return np.arange(self.accumulate)[:, None] * self.rows + mine
 
   def _spread(self, batch: Batch, index: np.ndarray) -> Batch:
+    """Places rows, of which `index` tells the numbers, 'a b'."""
+    mine = index[0] % self.rows  # places in a slice, ascending
+
     def spread(rows):
       rows = np.asarray(rows)
       rows = rows.reshape(*index.shape, *rows.shape[1:])
       shape = (self.accumulate, self.rows, *rows.shape[2:])
       spec = jax.P(None, *place.tokens(*shape[1:3], self.mesh))
-      return jax.make_array_from_process_local_data(
-        jax.NamedSharding(self.mesh, spec), rows, shape
+
+      def part(where):
+        slices, columns, *rest = where
+        columns = np.searchsorted(mine, np.arange(self.rows)[columns])
+        return rows[slices, :, *rest][:, columns]
+
+      return jax.make_array_from_callback(
+        shape, jax.NamedSharding(self.mesh, spec), part
       )
 
     return jax.tree.map(spread, batch)
