@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxattn.nn import Policy
 from jaxattn.packing import Clock, Packing, Tokens, resolve
 from jaxattn.parallel import place, sequence
-from jaxattn.state import Recompute, State
+from jaxattn.state import FullKV, Recompute, State
 from jaxattn.typing import Array, Keys, PerToken, PyTree, Stream, Values
 
 
@@ -137,8 +137,15 @@ class Mixer(nn.Module):
         f'init_state needs the model width: {type(self).__name__}(width=...)'
       )
     dtype = self.policy.dtype if dtype is None else dtype
-    memory = self.memory(batch, max_length, self.width, dtype)
+    memory = self._empty(batch, max_length, self.width, dtype)
     return State(Clock.start(batch), memory)
+
+  def _empty(self, batch, length, width, dtype) -> PyTree:
+    """`memory`, dealt to devices where any of them may hold any key."""
+    memory = self.memory(batch, length, width, dtype)
+    if isinstance(memory, FullKV) and set(sequence.FAR) <= {*self.strategies}:
+      memory = memory.striped(sequence.devices())
+    return memory
 
   def __call__(
     self,
@@ -179,7 +186,7 @@ class Mixer(nn.Module):
         return Mixed(x, self._kept(x, state, return_state))
       x, packing = jnp.zeros((batch, 1, width), x.dtype), None
 
-    kept = place.rows(self._kept(x, state, return_state), batch)
+    kept = place.state(self._kept(x, state, return_state), batch)
     packing = place.over_time(packing)
     tokens = resolve(packing, kept and kept.clock, batch, x.shape[1])
     tokens = place.over_time(tokens)
@@ -203,7 +210,7 @@ class Mixer(nn.Module):
     batch, length, width = x.shape
     memory = None
     if self.causal:
-      memory = self.memory(batch, length, width, self.policy.dtype)
+      memory = self._empty(batch, length, width, self.policy.dtype)
     return State(Clock.start(batch), memory)
 
   def _recompute(self, x, tokens, memory, context, deterministic):

@@ -87,7 +87,13 @@ class Seen(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FullKV:
-  """Every key and value so far, in the order in which they came.
+  """Every key and value so far.
+
+  A stream's tokens take slots in the order in which they come. Slots may lie
+  striped, for as many devices to hold the same number of keys each, whatever
+  the length: the arrays are then `stripes` parts, one behind the other, and
+  slot i is number i // stripes of part i % stripes. Where each key stands is
+  data (`order`, `segments`), so a reader attends to them as they lie.
 
   Attributes:
     keys: 'b s k d'.
@@ -95,6 +101,9 @@ class FullKV:
     order: 'b s'; segments: 'b s', 0 where a slot is empty.
     positions: 'b s', for encodings that score distances; else None.
     used: 'b', how many slots are taken.
+    stripes: parts that slots are dealt to in turn (static); None where a reader
+      wants all of them on each device. Wherever a state goes, its slots stay
+      where they are, and so does this number.
   """
 
   keys: Keys
@@ -103,6 +112,9 @@ class FullKV:
   segments: PerToken
   positions: PerToken | None
   used: PerRow
+  stripes: int | None = dataclasses.field(
+    default=None, metadata={'static': True}
+  )
 
   @classmethod
   def empty(
@@ -118,20 +130,34 @@ class FullKV:
       jnp.zeros(batch, jnp.int32),
     )
 
-  def read(self, keys, values, tokens) -> tuple[Seen, 'FullKV']:
+  def striped(self, stripes: int) -> 'FullKV':
+    """An empty memory with its slots dealt to so many parts of one length."""
+    fill = -self.keys.shape[1] % stripes
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2))
+    longer = jax.tree.map(lambda x: pad(x) if x.ndim > 1 else x, self)
+    return dataclasses.replace(longer, stripes=stripes)
+
+  def read(self, keys, values, tokens, part=None) -> tuple[Seen, 'FullKV']:
     """What a chunk's queries may see, and the memory with the chunk in it."""
-    after = self.extend(keys, values, tokens)
+    after = self.extend(keys, values, tokens, part)
     seen = Seen(
       after.keys, after.values, after.order, after.segments, after.positions
     )
     return seen, after
 
-  def extend(self, keys: Keys, values: Values, tokens: Tokens) -> 'FullKV':
-    """Appends the real tokens. What exceeds the capacity is dropped."""
-    capacity = self.keys.shape[1]
+  def extend(
+    self, keys: Keys, values: Values, tokens: Tokens, part=None
+  ) -> 'FullKV':
+    """Appends the real tokens. What exceeds the capacity is dropped.
+
+    Args:
+      keys, values: of the chunk, 'b t k d' and 'b t k e'.
+      tokens: where they stand.
+      part: which of the stripes the arrays are, where a device holds no other;
+        None where they are all.
+    """
     slots = self.used[:, None] + _rank(tokens)
-    if tokens.valid is not None:
-      slots = jnp.where(tokens.valid, slots, capacity)
+    slots = self._places(slots, tokens.valid, part)
     return FullKV(
       _write(self.keys, slots, keys),
       _write(self.values, slots, values),
@@ -139,7 +165,20 @@ class FullKV:
       _write(self.segments, slots, tokens.segments),
       _write_positions(self.positions, slots, tokens),
       self.used + _count(tokens),
+      self.stripes,
     )
+
+  def _places(self, slots, valid, part):
+    """Where slots lie in the arrays; past their end, where nowhere."""
+    size = self.keys.shape[1]
+    if (self.stripes or 1) > 1:
+      owner, slots = slots % self.stripes, slots // self.stripes
+      if part is None:
+        room = size // self.stripes
+        slots = jnp.where(slots < room, owner * room + slots, size)
+      else:
+        slots = jnp.where(owner == part, slots, size)
+    return slots if valid is None else jnp.where(valid, slots, size)
 
 
 @jax.tree_util.register_dataclass

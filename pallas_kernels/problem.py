@@ -103,12 +103,15 @@ class Monoid(NamedTuple):
     open: the results of `forward`, one by one -> attention to its keys.
     merge: two of these -> attention to the keys of both.
     finish: -> the results again.
+    total: (one of these, a mesh axis) -> attention to the keys of all devices
+      along it: what `merge` would make of theirs.
   """
 
   nothing: Callable[[jax.Array, jax.Array], Any]
   open: Callable[..., Any]
   merge: Callable[[Any, Any], Any]
   finish: Callable[[Any], tuple]
+  total: Callable[[Any, str], Any]
 
 
 class Engine(NamedTuple):

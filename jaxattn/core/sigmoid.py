@@ -18,6 +18,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
 from pallas_kernels import masks, tiles
@@ -209,5 +210,5 @@ def nothing(q, v):
 
 # Looked up when called, as everything in a module is.
 _attend = reverse(lambda *x: forward(*x), lambda *x: backward(*x))
-MONOID = Monoid(nothing, lambda o: o, jnp.add, lambda o: (o,))
+MONOID = Monoid(nothing, lambda o: o, jnp.add, lambda o: (o,), lax.psum)
 ENGINE = Engine(attend, forward, backward, MONOID)

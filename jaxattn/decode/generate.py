@@ -29,7 +29,6 @@ import numpy as np
 
 from jaxattn.decode import sample
 from jaxattn.packing import Packing
-from jaxattn.parallel import mesh as meshes
 from jaxattn.parallel import place
 from jaxattn.typing import Array, Float, PerRow, PerToken, PyTree
 
@@ -141,14 +140,15 @@ def _prefill(model, params, ids, lengths, *, chunk, capacity):
     logits, state = model.apply(
       params, ids, packing, state=state, return_state=True
     )
-    at = jnp.clip(left - 1, 0, chunk - 1)[:, None, None]
-    logits = place.whole(jnp.take_along_axis(logits, at, axis=1)[:, 0])
+    # By a sum, for a device may hold some of the chunk's tokens alone.
+    last_one = (jnp.arange(chunk) == left[:, None] - 1)[..., None]
+    logits = place.whole(jnp.sum(jnp.where(last_one, logits, 0), axis=1))
     # Of the chunks in which a row has tokens, its last one writes last.
     last = jnp.where((left > 0)[:, None], logits.astype(last.dtype), last)
     return (state, last), None
 
   carry = (
-    _spread(model.init_state(batch, capacity), batch),
+    place.state(model.init_state(batch, capacity), batch, stacked=True),
     jnp.zeros((batch, model.vocab), jnp.float32),
   )
   chunks = jnp.moveaxis(ids.reshape(batch, -1, chunk), 1, 0)
@@ -212,14 +212,6 @@ def _nothing(batch, length, pad) -> Generated:
     jnp.zeros(batch, jnp.int32),
     jnp.zeros((batch, length), jnp.float32),
   )
-
-
-def _spread(state: PyTree, batch: int) -> PyTree:
-  """Rows on the devices where layers leave them: the axis after the layers'."""
-  mesh = meshes.current()
-  if mesh is None:
-    return state
-  return place.put(state, jax.P(None, *place.batch(batch, mesh)))
 
 
 def _rows(prompts, lengths, vocab) -> tuple[np.ndarray, np.ndarray]:

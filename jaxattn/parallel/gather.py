@@ -18,14 +18,22 @@ def all_of_time(tree, axis: str):
   )
 
 
-def weight(part: jax.Array, stored: jax.P) -> jax.Array:
+def weight(part: jax.Array, stored: jax.P, where: jax.P) -> jax.Array:
   """A weight of which devices hold parts, as `place.weight` says, whole.
 
   Backward each device gets the sum of all gradients of its own part.
+
+  Args:
+    part: that this device holds.
+    stored: where the parts lie.
+    where: what is made by the weight will lie. Devices along another axis are
+      to make the same, and JAX has to know that the weight is.
   """
   for axis, names in enumerate(stored):
     if names is not None:
-      part = lax.all_gather(part, names, axis=axis, tiled=True)
+      names = (names,) if isinstance(names, str) else names
+      to = 'varying' if {*names} <= {*where} else 'invarying'
+      part = lax.all_gather(part, names, axis=axis, tiled=True, to=to)
   return part
 
 

@@ -91,6 +91,52 @@ def over_time(tree):
   return put(tree, tokens(*leaves[0].shape[:2], mesh))
 
 
+def slots(tree, mesh, rows: int, stacked: bool = False):
+  """Where each leaf of a state or of a memory lies, in a tree like it.
+
+  Rows lie over `data`. Slots lie over `seq` in a memory whose slots are dealt
+  to as many `stripes` as there are devices; else they are whole on each, as all
+  other memories are.
+
+  Args:
+    tree: whose leaves lead with rows.
+    mesh: to lie on.
+    rows: how many.
+    stacked: leaves lead with layers, and then with rows.
+  """
+  axes = ((None,) if stacked else ()) + tuple(batch(rows, mesh) or (None,))
+
+  def memory(x):
+    dealt = deals(x, mesh)
+    return jax.tree.map(
+      lambda leaf: jax.P(
+        *axes, *([meshes.SEQ] if dealt and leaf.ndim > len(axes) else [])
+      ),
+      x,
+    )
+
+  return jax.tree.map(memory, tree, is_leaf=lambda x: hasattr(x, 'stripes'))
+
+
+def deals(memory, mesh) -> bool:
+  """Whether each device along `seq` holds one of the stripes of a memory."""
+  stripes = getattr(memory, 'stripes', None)
+  return stripes is not None and 1 < stripes == mesh.shape[meshes.SEQ]
+
+
+def state(tree, rows: int, stacked: bool = False):
+  """Places a state as layers want and leave it: see `slots`.
+
+  In Auto mode too: the compiler might keep a carry of zeros whole.
+  """
+  mesh = meshes.current()
+  if mesh is None:
+    return tree
+  explicit = AxisType.Explicit in mesh.axis_types
+  lay = jax.reshard if explicit else jax.lax.with_sharding_constraint
+  return jax.tree.map(lay, tree, slots(tree, mesh, rows, stacked))
+
+
 def whole(w: jax.Array) -> jax.Array:
   """A weight as its user needs it, gathered where it was stored in parts."""
   return put(w, jax.P())

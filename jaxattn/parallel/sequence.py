@@ -138,8 +138,10 @@ def _mapped(engine, arrays, weights, where, specs=None):
 
   def on_one(*inputs):
     arrays, parts = inputs[: len(specs)], inputs[len(specs) :]
-    return engine(*arrays, *jax.tree.map(gather.weight, parts, stored))
+    whole = lambda part, spec: gather.weight(part, spec, results[0])
+    return engine(*arrays, *jax.tree.map(whole, parts, stored))
 
+  results = jax.tree.leaves(where)
   arrays = jax.tree.map(place.put, arrays, specs)
   weights = jax.tree.map(place.put, tuple(weights), stored)
   return jax.shard_map(on_one, in_specs=(*specs, *stored), out_specs=where)(

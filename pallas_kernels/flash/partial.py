@@ -46,6 +46,24 @@ def merge(x: Partial, y: Partial) -> Partial:
   )
 
 
+def total(partial: Partial, axis: str) -> Partial:
+  """Attention to the keys of all devices along a mesh axis, each having some.
+
+  With M the largest m of all devices, each rescales to what it would have with
+  M for a reference, (M, l exp(m - M), o exp(m - M)). Of partials with the same
+  m, `merge` is the sum of l and of o. It is associative, so its fold over
+  devices is one pmax and two psums, of whatever number of devices.
+  """
+  own = lax.stop_gradient(partial.m)
+  m = lax.pmax(own, axis)
+  share = jnp.exp(own - finite(m))
+  return Partial(
+    m=m,
+    l=lax.psum(share * partial.l, axis),
+    o=lax.psum(share[..., None] * partial.o, axis),
+  )
+
+
 def finish(partial: Partial) -> tuple[jax.Array, jax.Array]:
   """Attention `b t h e`, and the log-sum-exp of the scores `b t h`.
 
@@ -93,4 +111,4 @@ def finite(m):
   return jnp.where(m == -jnp.inf, 0, m)
 
 
-MONOID = Monoid(nothing, opened, merge, finished)
+MONOID = Monoid(nothing, opened, merge, finished, total)
