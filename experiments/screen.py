@@ -1,10 +1,16 @@
-"""What an ablation shows meanwhile: bars in a terminal, else plain lines."""
+"""What long work shows meanwhile: bars in a terminal, else plain lines."""
 
+import threading
 import time
 from statistics import fmean
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import (
+  BarColumn,
+  Progress,
+  TextColumn,
+  TimeElapsedColumn,
+)
 
 EVERY = 10.0  # seconds between the lines of a run where there is no terminal
 
@@ -102,6 +108,55 @@ class Screen:
     every = [seconds for took in known.values() for seconds in took]
     todo = sum(fmean(known.get(cell.task, every)) for cell in self.todo)
     return (left or 0) + todo
+
+
+class Clock:
+  """Says that something takes long, and how long so far.
+
+  with Clock(console) as clock:
+    clock.start('compiles')
+    clock.say('4 of 7')
+
+  A line that moves in a terminal, else one now and then.
+  """
+
+  def __init__(self, console: Console):
+    self.console = console
+    self.done = threading.Event()
+    self.bars = Progress(
+      TextColumn('{task.description} {task.fields[text]}'),
+      TimeElapsedColumn(),
+      console=console,
+      disable=not console.is_terminal,
+      transient=True,
+    )
+    self.bar = self.bars.add_task('', text='')
+    self.title = self.text = ''
+    self.began = time.monotonic()
+
+  def start(self, title: str) -> None:
+    self.title, self.text, self.began = title, '', time.monotonic()
+    self.bars.reset(self.bar, description=title, text='')
+
+  def say(self, text: str) -> None:
+    self.text = text
+    self.bars.update(self.bar, text=text)
+
+  def __enter__(self):
+    self.bars.start()
+    if not self.console.is_terminal:
+      threading.Thread(target=self._tell, daemon=True).start()
+    return self
+
+  def __exit__(self, *_):
+    self.done.set()
+    self.bars.stop()
+
+  def _tell(self) -> None:
+    while not self.done.wait(EVERY):
+      passed = clock(time.monotonic() - self.began)
+      line = f'{self.title} {self.text} {passed}'
+      self.console.print(' '.join(line.split()), markup=False, highlight=False)
 
 
 def clock(seconds: float) -> str:

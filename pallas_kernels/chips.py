@@ -14,6 +14,7 @@ import os
 import jax
 from jax.experimental import topologies
 
+# Chip that the kernels are for -> the smallest topology that there is.
 TOPOLOGIES = {
   'v4': 'v4:2x2x1',
   'v5e': 'v5e:2x2',
@@ -21,6 +22,7 @@ TOPOLOGIES = {
   'v6e': 'v6e:2x2',
   'tpu7x': 'tpu7x:2x2x1',
 }
+BEFORE = {'v3': 'v3:4x4'}
 # What libtpu would otherwise ask the machine; it is read when libtpu loads.
 SETTINGS = {
   'TPU_SKIP_MDS_QUERY': '1',
@@ -38,25 +40,37 @@ def missing() -> str | None:
 
 
 @functools.cache
-def devices(chip: str) -> tuple[jax.Device, ...]:
-  """Four such chips, or as many as are described at least.
+def devices(topology: str) -> tuple[jax.Device, ...]:
+  """The devices of a topology, as 'v5e:16x16', or of a chip's smallest one.
 
   Raises:
     ModuleNotFoundError: libtpu is not installed.
+    ValueError: there is no such topology.
   """
   if why := missing():
     raise ModuleNotFoundError(why)
   for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
+  known = BEFORE | TOPOLOGIES
+  topology = known.get(topology, topology)
+  chip = topology.partition(':')[0]
+  if chip not in known or ':' not in topology:
+    raise ValueError(
+      f'topology={topology!r} must be one of {", ".join(known)}, or one of'
+      " them with the sides of its torus, as 'v5e:16x16' or 'v4:8x8x8'"
+    )
   two_cores = {
     'chip_config_name': 'megacore',
     'chips_per_host_bounds': (2, 2, 1),
   }
-  described = topologies.get_topology_desc(
-    platform='tpu',
-    topology_name=TOPOLOGIES[chip],
-    **(two_cores if chip == 'v4' else {}),
-  )
+  try:
+    described = topologies.get_topology_desc(
+      platform='tpu',
+      topology_name=topology,
+      **(two_cores if chip == 'v4' else {}),
+    )
+  except Exception as error:  # JaxRuntimeError, of what libtpu says
+    raise ValueError(f'topology={topology!r}: {error}') from error
   return tuple(described.devices)
 
 

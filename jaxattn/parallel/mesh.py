@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 
@@ -20,21 +21,26 @@ TYPES = {
 
 
 def make(
-  data: int = -1, seq: int = 1, model: int = 1, axis_types: str = 'explicit'
+  data: int = -1,
+  seq: int = 1,
+  model: int = 1,
+  axis_types: str = 'explicit',
+  devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """A mesh over all devices.
+  """A mesh over all devices, neighbours along an axis near each other.
 
   Args:
     data, seq, model: the size of each axis; one of them may be -1, which takes
       what the others leave.
     axis_types: 'explicit' (shardings stand in the types, and an accidental
       gather is an error) or 'auto' (the compiler decides).
+    devices: what it is made of; by default all that this program has.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
   sizes = {DATA: data, SEQ: seq, MODEL: model}
-  devices = len(jax.devices())
+  count = len(jax.devices() if devices is None else devices)
   asked = ', '.join(f'{axis}={size}' for axis, size in sizes.items())
   if axis_types not in TYPES:
     raise ValueError(f"axis_types={axis_types!r} must be 'explicit' or 'auto'")
@@ -44,12 +50,15 @@ def make(
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) > 1:
     raise ValueError(f'mesh {asked}: only one axis may be -1')
-  if free and devices % fixed == 0:
-    sizes[free[0]] = devices // fixed
-  if math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
-    raise ValueError(f'mesh {asked} does not fit {devices} devices')
+  if free and count % fixed == 0:
+    sizes[free[0]] = count // fixed
+  if math.prod(sizes.values()) != count or min(sizes.values()) < 1:
+    raise ValueError(f'mesh {asked} does not fit {count} devices')
   return jax.make_mesh(
-    tuple(sizes.values()), AXES, axis_types=(TYPES[axis_types],) * len(AXES)
+    tuple(sizes.values()),
+    AXES,
+    axis_types=(TYPES[axis_types],) * len(AXES),
+    devices=devices,
   )
 
 

@@ -18,7 +18,7 @@ import jax
 from jax.typing import ArrayLike
 
 from pallas_kernels import dispatch
-from pallas_kernels.blocks import Blocks
+from pallas_kernels.blocks import Blocks, chip
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import plain, tpu, xla
 from pallas_kernels.flash.partial import Partial, finish, merge, sink
@@ -92,7 +92,7 @@ def attention(
     scale: a Python number that multiplies q . k; by default 1 / sqrt(d).
     softcap: if given, scores become softcap tanh(score / softcap).
     dropout: of the weights, after the softmax.
-    implementation: 'plain', 'xla' or 'tpu'; None chooses by the platform.
+    implementation: 'plain', 'xla' or 'tpu'; None chooses by the device.
     blocks: sides of the tiles; by default chosen from the lengths.
     return_partial: return a Partial, to be merged with attention to other keys
       and finished.
@@ -139,7 +139,7 @@ def attention(
       'tpu': lambda: tpu.refuses(rule, q, k, v, extras, query),
     },
     implementation,
-    ('tpu', 'xla') if jax.default_backend() == 'tpu' else ('xla',),
+    ('tpu', 'xla') if chip().startswith('TPU') else ('xla',),
   )
   engine = BACKENDS[name]
   run = engine.attend if over is None else over(engine)

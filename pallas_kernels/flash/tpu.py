@@ -39,6 +39,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import chip
 from pallas_kernels.flash import tpu_layout as layout
 from pallas_kernels.flash.partial import MONOID
 from pallas_kernels.masks import Side, Tokens
@@ -53,6 +54,7 @@ from pallas_kernels.problem import (
 )
 
 LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
+OLD = ('TPU v2', 'TPU v3')  # which cannot compile them
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
 # What would need data to move between the elements of a tile.
@@ -77,6 +79,8 @@ def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
   """Why this backend cannot serve a call, or None; arguments as of `attend`."""
   rule = _elementwise(rule)
   d, e = q.shape[3], v.shape[3]
+  if chip() in OLD:
+    return f'it is for TPU v4 and later, not {chip()}'
   if 0 in (*q.shape, *k.shape, *v.shape):
     return f'there is nothing in q {q.shape}, k {k.shape} or v {v.shape}'
   if not q.dtype == k.dtype == v.dtype:

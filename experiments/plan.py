@@ -1,0 +1,204 @@
+"""Compiles a training step for chips that are not there, and says if it fits.
+
+  pip install -e '.[aot]'
+  python -m experiments.plan --config=configs/long_context.py:size=7b \\
+      --topology=v5e:16x16 --length=1048576
+
+The step is the one that `experiments.train` would run with this configuration,
+compiled by the compiler of those chips: so it is their verdict on memory, and
+what is sent and hidden is read from the program that would run. A 7B model for
+256 chips takes about half a minute on two CPU cores.
+
+  --length       tokens of a row, in place of the task's
+  --longest      finds the longest row that fits, by bisection
+  --compare      several ways side by side: strategies, layouts of a ring, and
+                 `blockwise`, for which a row stays on one device:
+                 --compare=ring,striped,ulysses,hybrid,gather,blockwise
+
+Topologies: v3:4x4 to 16x16, v4:2x2x1 to 8x8x8, v5e:2x2 to 16x16, v5p:2x2x1 to
+8x8x16, v6e:2x2 to 16x16, tpu7x:2x2x1 to 4x4x4. A v3 or tpu7x chip has two
+devices, any other has one.
+
+The exit status is 1 if it does not fit, or something was wrong.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.planned import Plan, amount, plan
+from experiments.screen import Clock
+from experiments.train import parsed
+from jaxattn.parallel import sequence, stripe
+from pallas_kernels import chips
+
+# Lengths that `--longest` tells apart, in an octave.
+STEPS = 16
+
+
+def way(config: dict[str, Any], name: str) -> dict[str, Any]:
+  """A configuration as `--compare` names it."""
+  policy = dict(config['policy'])
+  if name == 'blockwise':  # FSDP alone: each device has whole rows
+    mesh = {**config['mesh'], 'data': -1, 'seq': 1}
+    return {**config, 'mesh': mesh, 'batch': 'devices', 'layout': 'contiguous'}
+  if name in stripe.LAYOUTS:
+    policy['strategy'] = 'ring'
+    return {**config, 'policy': policy, 'layout': name}
+  if name not in sequence.STRATEGIES:
+    known = (*sequence.STRATEGIES, *stripe.LAYOUTS, 'blockwise')
+    raise ValueError(f'--compare={name} is none of {", ".join(known)}')
+  policy['strategy'] = name
+  return {**config, 'policy': policy}
+
+
+def longest(config, devices, length: int, clock) -> tuple[Plan, Plan | None]:
+  """The longest that fits, and the shortest seen that does not.
+
+  Lengths are doubled or halved from `length` on until one fits and the next
+  does not; then the octave between is divided into STEPS and bisected.
+  """
+
+  def seen(length):
+    clock.say(f'{length:,} tokens')
+    return plan(config, devices, length)
+
+  here = seen(length)
+  fits, fails = (here, None) if here.fits else (None, here)
+  while fits is None or fails is None:
+    length = length * 2 if here.fits else length // 2
+    if length < len(devices):
+      return here, None
+    here = seen(length)
+    fits, fails = (here, fails) if here.fits else (fits, here)
+  step = max(fits.length // STEPS, 1)
+  while fails.length - fits.length > step:
+    steps = (fails.length - fits.length) // step
+    here = seen(fits.length + steps // 2 * step)
+    fits, fails = (here, fails) if here.fits else (fits, here)
+  return fits, fails
+
+
+def report(found: Plan, console: Console) -> None:
+  """What one device holds and sends, and what to change if that is too much."""
+  lines = {
+    'model': f'{found.parameters:,} parameters, {found.pattern}',
+    'devices': f'{found.devices} x {found.kind} ({found.mesh})',
+    'tokens': f'{found.length:,} a row, {found.batch:,} rows a step',
+  }
+  if found.fits:
+    lines |= {
+      'parameters': amount(found.held['parameters']),
+      'optimiser': amount(found.held['optimiser']),
+      'batch': amount(found.held['batch']),
+      'program': amount(found.held['program']),
+      'temporaries': amount(found.held['temporaries']),
+    }
+  lines['in all'] = found.verdict
+  if found.fits:
+    share = found.hidden / found.sent if found.sent else 1
+    lines['sent a step'] = (
+      f'{amount(found.sent)} by each device, {share:.0%} of it behind other work'
+    )
+  lines['layout'] = found.layout
+  for i, text in enumerate(found.strategies):
+    lines['strategy' + (f' {i + 1}' if i else '')] = text
+  lines['compiled in'] = f'{found.seconds:.0f} s'
+  width = max(map(len, lines))
+  for name, value in lines.items():
+    console.print(f'{name:{width}}  {value}', markup=False, highlight=False)
+  for text in found.advice:
+    console.print(f'to change: {text}', markup=False, highlight=False)
+
+
+def compared(plans: dict[str, Plan], console: Console) -> None:
+  """Ways side by side."""
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+  for name in ('way', 'tokens', 'rows', 'held', 'left', 'sent', 'hidden'):
+    table.add_column(name, justify='left' if name == 'way' else 'right')
+  for name, found in plans.items():
+    sent = hidden = 'not compiled'
+    if found.fits:
+      sent = amount(found.sent)
+      hidden = f'{found.hidden / found.sent:.0%}' if found.sent else ''
+    table.add_row(
+      name,
+      f'{found.length:,}',
+      f'{found.batch:,}',
+      amount(found.needs),
+      amount(found.room - found.needs),
+      sent,
+      hidden,
+    )
+  console.print(table)
+  console.print('Held, left and sent (in a step) are of one device.')
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+  terminal = sys.stdout.isatty()
+  console = Console(soft_wrap=not terminal, width=None if terminal else 100)
+  options = flags.FLAGS
+  config = options.config.to_dict()
+  try:
+    devices = chips.devices(options.topology)
+    length = options.length or config['task'].get('length')
+    if not length:
+      raise ValueError("the task's length is not in the config: give --length")
+    ways = {'': config}
+    if options.compare:
+      ways = {name: way(config, name) for name in options.compare}
+    plans = {}
+    with Clock(console) as clock:
+      for name, asked in ways.items():
+        title = f'{name + ": " if name else ""}compiles for {len(devices)} x'
+        clock.start(f'{title} {devices[0].device_kind}')
+        if options.longest:
+          plans[name], _ = longest(asked, devices, length, clock)
+        else:
+          plans[name] = plan(asked, devices, length)
+  except KeyboardInterrupt:
+    sys.exit(130)
+  except (ValueError, NotImplementedError, ModuleNotFoundError) as error:
+    sys.exit(f'error: {error}')
+  if options.compare:
+    compared(plans, console)
+  else:
+    report(plans[''], console)
+  sys.exit(0 if any(found.fits for found in plans.values()) else 1)
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flags. Not on import: other programs have theirs."""
+  config_flags.DEFINE_config_file(
+    'config',
+    help_string='Python file with get_config(); FILE:ARGUMENT sets it.',
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    'topology', None, 'Chips, as v5e:16x16.', flag_values=values
+  )
+  flags.DEFINE_integer(
+    'length', None, 'Tokens of a row.', lower_bound=1, flag_values=values
+  )
+  flags.DEFINE_bool(
+    'longest', False, 'Find the longest row that fits.', flag_values=values
+  )
+  flags.DEFINE_list(
+    'compare', [], 'Ways to show side by side.', flag_values=values
+  )
+  flags.mark_flags_as_required(['config', 'topology'], flag_values=values)
+
+
+if __name__ == '__main__':
+  define()
+  app.run(main, flags_parser=parsed)

@@ -1,0 +1,304 @@
+"""A training step, compiled for devices that are not there."""
+
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattn import registry
+from jaxattn.analysis import traffic
+from jaxattn.models import pattern
+from jaxattn.packing import Packing
+from jaxattn.parallel import mesh as meshes
+from jaxattn.parallel import place, sequence
+from jaxattn.tasks.batch import Batch
+from jaxattn.train import build, optimizer, step
+
+UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+# "Ran out of memory ... memory required for HLO temporaries (2.00T) exceeds
+# available HBM (30.75G)", or "Used 17.20G of 15.75G hbm".
+EXCEEDED = (
+  r'\(([\d.]+)([KMGT]?)B?\) exceeds available \w+ \(([\d.]+)([KMGT]?)B?\)',
+  r'[Uu]sed ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is known of a step. Bytes are those of one device.
+
+  Attributes:
+    length: tokens of a row; batch: rows of a step.
+    devices: how many; kind: which; mesh: how they are laid out.
+    parameters: of the model, in all; pattern: its layers, in words.
+    layout: of tokens over devices.
+    strategies: what each kind of attention call chose, with its reason.
+    held: 'parameters', 'optimiser', 'batch', 'program', 'temporaries'; empty if
+      it does not fit.
+    needs: bytes in all; room: what a device has.
+    sent: bytes that it sends in a step; hidden: of these, behind other work.
+    advice: what to change, if it does not fit.
+    seconds: that compiling took.
+  """
+
+  length: int
+  batch: int
+  devices: int
+  kind: str
+  mesh: str
+  parameters: int
+  pattern: str
+  layout: str
+  strategies: tuple[str, ...]
+  held: Mapping[str, int]
+  needs: int
+  room: int
+  sent: int
+  hidden: int
+  advice: tuple[str, ...]
+  seconds: float
+
+  @property
+  def fits(self) -> bool:
+    return bool(self.held)
+
+  @property
+  def verdict(self) -> str:
+    """Whether it fits, and by how much."""
+    of = f'{amount(self.needs)} of {amount(self.room)}'
+    if self.fits:
+      return f'{of}: fits, {amount(self.room - self.needs)} are left'
+    return f'{of}: does not fit by {amount(self.needs - self.room)}'
+
+
+def amount(size: int) -> str:
+  """Bytes for people."""
+  if abs(size) < 2**27:
+    return f'{size / 2**20:,.1f} MiB'
+  return f'{size / 2**30:,.2f} GiB'
+
+
+class _Length:
+  """A task at another length, of which no row is ever made."""
+
+  def __init__(self, task: Any, length: int):
+    self._task, self.length = task, length
+
+  def __getattr__(self, name):
+    return getattr(self._task, name)
+
+
+def plan(
+  config: Mapping[str, Any], devices: Sequence[jax.Device], length: int
+) -> Plan:
+  """Compiles the step of a configuration.
+
+  Args:
+    config: see `jaxattn.train.build.DEFAULTS`; its `batch` may be 'devices', a
+      row for each.
+    devices: for which; see `pallas_kernels.chips.devices`.
+    length: tokens of a row, in place of the task's.
+
+  Raises:
+    ValueError, NotImplementedError: what cannot work, with the reason.
+  """
+  config = dict(config)
+  if config.get('batch') == 'devices':
+    config['batch'] = len(devices)
+  # No row is made, so the task need not be able to make rows of this length.
+  own = {k: v for k, v in config['task'].items() if k != 'length'}
+  task, model = build.build({**config, 'task': own})
+  config = build.complete({**config, 'task': own})
+  mesh = meshes.make(**config['mesh'], devices=devices)
+  chosen = _Chosen()
+  with jax.set_mesh(mesh), chosen:
+    specs = {name: registry.spec(name) for name in model.layers()}
+    layout = sequence.layout(specs, length, config['layout'])
+    feed = step.Feed(
+      _Length(task, length), config['batch'], config['accumulate'], mesh, layout
+    )
+    update, rate = optimizer.make(config['steps'], **config['optimizer'])
+    programs = step.programs(model, feed, update, rate)
+    began = time.perf_counter()
+    lowered = programs.train.lower(programs.shapes, _batch(task, feed))
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      needs, room = _exceeded(error)
+      found = {'held': {}, 'needs': needs, 'room': room, 'sent': 0, 'hidden': 0}
+    else:
+      found = _found(compiled, programs.shapes, mesh)
+  counts = [f'{n} x {" ".join(unit)}' for unit, n in _groups(model)]
+  sizes = ', '.join(f'{k}={n}' for k, n in mesh.shape.items())
+  weights = jax.tree.leaves(programs.shapes.params)
+  made = Plan(
+    length=length,
+    batch=config['batch'],
+    devices=len(devices),
+    kind=devices[0].device_kind,
+    mesh=sizes,
+    parameters=sum(w.size for w in weights),
+    pattern=', '.join(counts),
+    layout=layout,
+    strategies=tuple(chosen.said),
+    advice=(),
+    seconds=time.perf_counter() - began,
+    **found,
+  )
+  if made.fits:
+    return made
+  return dataclasses.replace(
+    made, advice=_advice(config, made, programs.shapes, mesh)
+  )
+
+
+def _groups(model):
+  return pattern.groups(model.layers())
+
+
+class _Chosen(logging.Handler):
+  """Keeps what the chooser of strategies says."""
+
+  def __init__(self):
+    super().__init__(logging.INFO)
+    self.said: list[str] = []
+
+  def emit(self, record):
+    self.said.append(record.getMessage().partition(' runs as ')[2])
+
+  def __enter__(self):
+    sequence.choose.cache_clear()  # it says each choice once
+    self.before = sequence.log.level, sequence.log.propagate
+    sequence.log.setLevel(logging.INFO)
+    sequence.log.propagate = False
+    sequence.log.addHandler(self)
+    return self
+
+  def __exit__(self, *_):
+    sequence.log.removeHandler(self)
+    sequence.log.level, sequence.log.propagate = self.before
+
+
+def _batch(task, feed: step.Feed) -> Batch:
+  """The shapes of a batch, as the feed would lay it."""
+  length = feed.task.length
+  row = task.batch('train', 0, np.arange(1))
+  if feed.layout != 'contiguous' and row.packing is None:
+    own = jax.eval_shape(lambda: Packing.dense(*row.weights.shape))
+    row = dataclasses.replace(row, packing=own)
+  spec = jax.P(None, *place.tokens(feed.rows, length, feed.mesh))
+  sharding = jax.NamedSharding(feed.mesh, spec)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (feed.accumulate, feed.rows, length, *x.shape[2:]),
+      jax.dtypes.canonicalize_dtype(x.dtype),
+      sharding=sharding,
+    ),
+    row,
+  )
+
+
+def _share(tree) -> int:
+  """Bytes of shapes with shardings that one device holds."""
+  size = lambda x: np.prod(x.sharding.shard_shape(x.shape), dtype=int)
+  return sum(
+    int(size(x)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+    if x.sharding is not None
+  )
+
+
+def _found(compiled, shapes: step.TrainState, mesh) -> dict[str, Any]:
+  memory = compiled.memory_analysis()
+  held = {
+    'parameters': _share((shapes.params, shapes.stats)),
+    'optimiser': _share(shapes.opt_state),
+  }
+  arguments = memory.argument_size_in_bytes
+  held['batch'] = max(arguments - sum(held.values()), 0)
+  held['program'] = memory.generated_code_size_in_bytes
+  # The state that is given is written over by the one that comes out.
+  news = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  held['temporaries'] = memory.temp_size_in_bytes + news
+  # Loops whose length data decide go round all devices at most.
+  most = max(mesh.shape[meshes.SEQ] - 1, 1)
+  exchanges = traffic.exchanges(compiled.as_text(), unknown=most)
+  return {
+    'held': held,
+    'needs': sum(held.values()),
+    'room': room(mesh),
+    'sent': traffic.total(exchanges),
+    'hidden': traffic.total(exchanges, hidden=True),
+  }
+
+
+ROOM: dict[str, int] = {}  # of each kind of device
+
+
+def room(mesh) -> int:
+  """Bytes that a program may use, which its compiler says if asked for more."""
+  kind = mesh.devices.flat[0].device_kind
+  if kind not in ROOM:
+    sharding = jax.NamedSharding(mesh, jax.P())
+    much = jax.ShapeDtypeStruct((2**42,), jnp.int8, sharding=sharding)
+    try:
+      jax.jit(lambda x: x + 1).lower(much).compile()
+    except jax.errors.JaxRuntimeError as error:
+      _, ROOM[kind] = _exceeded(error)
+    else:
+      raise ValueError(f'the compiler for {kind} lets any program pass')
+  return ROOM[kind]
+
+
+def _exceeded(error: Exception) -> tuple[int, int]:
+  """Bytes needed, and bytes there are; anything else is raised again."""
+  for pattern_ in EXCEEDED:
+    if found := re.search(pattern_, str(error)):
+      used, unit, room, of = found.groups()
+      return int(float(used) * UNITS[unit]), int(float(room) * UNITS[of])
+  raise error
+
+
+def _advice(config, made: Plan, shapes, mesh) -> tuple[str, ...]:
+  """What would need less, most effective first."""
+  found = []
+  model, policy = config['model'], config['policy']
+  state = _share((shapes.params, shapes.opt_state))
+  if not model.get('remat'):
+    found.append(
+      '--config.model.remat=True: layers are computed again backward'
+    )
+  if model['name'] == 'lm' and not model.get('block'):
+    found.append(
+      '--config.model.block=2048: feed-forward and loss of so many tokens at a'
+      ' time'
+    )
+  if mesh.shape[meshes.SEQ] == 1 and made.devices > 1:
+    found.append('--config.mesh.seq=-1: a row is spread over the devices')
+  if any(text.startswith('gather') for text in made.strategies):
+    found.append('--config.policy.strategy=ring: holds keys of one device more')
+  if made.batch > config['accumulate'] * mesh.shape[meshes.DATA]:
+    rows = made.batch // mesh.shape[meshes.DATA]
+    found.append(
+      f'--config.accumulate={rows}: one row after another, the same step'
+    )
+  if policy['dtype'] == 'float32':
+    found.append(
+      "--config.policy.dtype=bfloat16: half of the activations' bytes"
+    )
+  if state > made.room // 2:
+    found.append(
+      f'more devices: parameters and optimiser alone take {amount(state)} of'
+      ' each'
+    )
+  if state < made.room < made.needs:
+    share = (made.room - state) / (made.needs - state)
+    fits = int(made.length * share * 0.95) // made.devices * made.devices
+    found.append(f'--length={fits}: about what would fit (see --longest)')
+  return tuple(found)
