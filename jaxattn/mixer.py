@@ -138,7 +138,7 @@ class Mixer(nn.Module):
       )
     dtype = self.policy.dtype if dtype is None else dtype
     memory = self._empty(batch, max_length, self.width, dtype)
-    return State(Clock.start(batch), memory)
+    return place.state(State(Clock.start(batch), memory), batch)
 
   def _empty(self, batch, length, width, dtype) -> PyTree:
     """`memory`, dealt to devices where any of them may hold any key."""

@@ -30,6 +30,7 @@ import numpy as np
 from jaxattn.decode import sample
 from jaxattn.packing import Packing
 from jaxattn.parallel import place
+from jaxattn.state import FullKV, State
 from jaxattn.typing import Array, Float, PerRow, PerToken, PyTree
 
 
@@ -55,6 +56,7 @@ def generate(
   *,
   max_new: int,
   lengths: Sequence[int] | np.ndarray | Array | None = None,
+  state: PyTree = None,
   key: Array | None = None,
   temperature: float = 1.0,
   greedy: bool = False,
@@ -74,6 +76,9 @@ def generate(
     max_new: how many tokens to add at most.
     lengths: 'b', how many ids of each row of an array are prompt; all by
       default.
+    state: what rows have read before their prompts, such as `contexts.read`
+      returns; with room for the longest prompt and `max_new`. It stays as it
+      is, for other prompts.
     key: a random key. Row r draws token i with the key folded with r and then
       with i, so its draws do not depend on the other rows.
     temperature: divides the logits; 0 takes the best token.
@@ -81,7 +86,7 @@ def generate(
     top_k: draw from the k best tokens only.
     top_p: draw from the fewest best tokens that have this much mass only.
     end: a token id, or several, after which a row stops.
-    chunk: tokens that prefill reads at a time. The state has room for the
+    chunk: tokens that prefill reads at a time. A new state has room for the
       longest prompt rounded up to whole chunks, and `max_new`.
     pad: what stands after a row's end; any integer.
 
@@ -90,7 +95,8 @@ def generate(
 
   Raises:
     ValueError: no prompts, or an empty one; ids outside of the vocabulary;
-      sampling without a key; numbers out of range.
+      sampling without a key; numbers out of range; a state of other rows, or
+      without enough room.
   """
   vocab = model.vocab
   ids, lengths = _rows(prompts, lengths, vocab)
@@ -110,12 +116,15 @@ def generate(
       "params must be what model.init returned, {'params': ...}, not "
       f'{list(params) if isinstance(params, Mapping) else type(params)}'
     )
+  if state is not None:
+    _check_state(state, len(ids), ids.shape[1] + max_new)
   if max_new == 0:
     return _nothing(len(ids), 0, pad)
   room = -ids.shape[1] % chunk
   ids = np.pad(ids, ((0, 0), (0, room)))
+  capacity = ids.shape[1] + max_new
   state, logits = _prefill(
-    model, params, ids, lengths, chunk=chunk, capacity=ids.shape[1] + max_new
+    *(model, params, ids, lengths, state), chunk=chunk, capacity=capacity
   )
   if rules.temperature is None:
     key = None
@@ -126,20 +135,34 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'chunk', 'capacity'))
-def _prefill(model, params, ids, lengths, *, chunk, capacity):
-  """The state after the prompts, and the logits of each row's last token."""
+def _prefill(model, params, ids, lengths, state, *, chunk, capacity):
+  """`read_chunks` of prompts, from a state or from the start of a stream."""
   batch, length = ids.shape
+  if state is None:
+    state = model.init_state(batch, capacity)
+  state = place.state(state, batch, stacked=True)
+  clock = jax.tree.map(lambda x: place.whole(x[0]), states_of(state)[0].clock)
+  packing = Packing.from_lengths(lengths, length, start=clock.order)
+  segments = packing.segments * jnp.maximum(clock.segment, 1)[:, None]
+  packing = Packing(packing.order, segments)
+  return read_chunks(model, params, ids, packing, state, chunk=chunk)
 
-  def read(carry, inputs):
+
+def read_chunks(model, params, ids, packing, state, *, chunk):
+  """The state after `ids` 'b t', and the logits 'b v' of each row's last token.
+
+  Rows may end in padding, and t is a multiple of `chunk`.
+  """
+  batch, length = ids.shape
+  lengths = jnp.sum(packing.segments > 0, axis=1)
+
+  def step(carry, inputs):
     state, last = carry
-    ids, start = inputs
-    left = lengths - start
-    packing = Packing.from_lengths(
-      jnp.clip(left, 0, chunk), chunk, start=jnp.full_like(lengths, start)
-    )
+    ids, packing, start = inputs
     logits, state = model.apply(
       params, ids, packing, state=state, return_state=True
     )
+    left = lengths - start
     # By a sum, for a device may hold some of the chunk's tokens alone.
     last_one = (jnp.arange(chunk) == left[:, None] - 1)[..., None]
     logits = place.whole(jnp.sum(jnp.where(last_one, logits, 0), axis=1))
@@ -147,13 +170,11 @@ def _prefill(model, params, ids, lengths, *, chunk, capacity):
     last = jnp.where((left > 0)[:, None], logits.astype(last.dtype), last)
     return (state, last), None
 
-  carry = (
-    place.state(model.init_state(batch, capacity), batch, stacked=True),
-    jnp.zeros((batch, model.vocab), jnp.float32),
-  )
-  chunks = jnp.moveaxis(ids.reshape(batch, -1, chunk), 1, 0)
+  carry = state, jnp.zeros((batch, model.vocab), jnp.float32)
+  cut = lambda x: jnp.moveaxis(x.reshape(batch, -1, chunk), 1, 0)
   starts = jnp.arange(0, length, chunk, dtype=jnp.int32)
-  return jax.lax.scan(read, carry, (chunks, starts))[0]
+  chunks = *jax.tree.map(cut, (ids, packing)), starts
+  return jax.lax.scan(step, carry, chunks)[0]
 
 
 @functools.partial(
@@ -214,6 +235,26 @@ def _nothing(batch, length, pad) -> Generated:
   )
 
 
+def states_of(tree: PyTree) -> list[State]:
+  """Those of all layers, whose arrays lead with like layers."""
+  is_state = lambda x: isinstance(x, State)
+  return [x for x in jax.tree.leaves(tree, is_leaf=is_state) if is_state(x)]
+
+
+def _check_state(state, rows, tokens) -> None:
+  for own in states_of(state):
+    count = own.clock.order.shape[1]
+    if count != rows:
+      raise ValueError(f'the state is of {count} rows, and prompts are {rows}')
+    if isinstance(own.memory, FullKV):
+      room = own.memory.keys.shape[2] - int(own.memory.used.max())
+      if room < tokens:
+        raise ValueError(
+          f'the state has room for {room} tokens, but the longest prompt and'
+          f' max_new are {tokens}: make it with more room'
+        )
+
+
 def _rows(prompts, lengths, vocab) -> tuple[np.ndarray, np.ndarray]:
   """Prompts as an int32 array, padded on the right, and their lengths."""
   if hasattr(prompts, 'ndim'):
@@ -252,7 +293,7 @@ def _rows(prompts, lengths, vocab) -> tuple[np.ndarray, np.ndarray]:
         f'prompts[{i}] is empty: a model continues tokens, so begin with a '
         'start token'
       )
-    _check_ids(f'prompts[{i}]', row, vocab)
+    check_ids(f'prompts[{i}]', row, vocab)
   ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
   for i, row in enumerate(rows):
     ids[i, : len(row)] = row
@@ -278,11 +319,11 @@ def _rules(temperature, greedy, top_k, top_p) -> sample.Rules:
 def _end(end, vocab) -> np.ndarray:
   """End tokens as an array, of length 0 if there are none."""
   end = np.asarray([] if end is None else end).reshape(-1)
-  _check_ids('end', end, vocab)
+  check_ids('end', end, vocab)
   return end.astype(np.int32)
 
 
-def _check_ids(name, ids, vocab) -> None:
+def check_ids(name, ids, vocab) -> None:
   if ids.size and not np.issubdtype(ids.dtype, np.integer):
     raise ValueError(f'{name} has ids of type {ids.dtype}, not integers')
   wrong = ids[(ids < 0) | (ids >= vocab)]

@@ -132,9 +132,14 @@ def state(tree, rows: int, stacked: bool = False):
   mesh = meshes.current()
   if mesh is None:
     return tree
-  explicit = AxisType.Explicit in mesh.axis_types
-  lay = jax.reshard if explicit else jax.lax.with_sharding_constraint
+  lay = jax.reshard if AxisType.Explicit in mesh.axis_types else _pin
   return jax.tree.map(lay, tree, slots(tree, mesh, rows, stacked))
+
+
+def _pin(x, spec):
+  if isinstance(x, jax.core.Tracer):
+    return jax.lax.with_sharding_constraint(x, spec)
+  return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), spec))
 
 
 def whole(w: jax.Array) -> jax.Array:
