@@ -71,7 +71,8 @@ class Mixer(nn.Module):
   reads_context = False  # True where `mix` does cross attention
   implementations = ('xla',)  # names that `policy.implementation` may take
   # How devices that each hold a part of time work together on `mix`; one that
-  # attends may leave a choice to `policy.strategy`.
+  # attends may leave a choice to `policy.strategy`. If it may be any that
+  # reaches every key (`sequence.FAR`), a FullKV is in parts as well.
   strategies = ('gather',)
 
   def __post_init__(self):

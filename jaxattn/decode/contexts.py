@@ -12,9 +12,10 @@ comes after stands behind the longest: so no token stands where a model that was
 trained on a window's length has never seen one.
 
 Windows are rows of a batch. They lie over all the devices between which time is
-spread, and each device reads its own without a word to the others. Their keys
-stay where they were made, as parts of one memory, to which the question attends
-as it does to any that is in parts (`parallel.tree`).
+spread, and each device reads its own without a word to the others (weights that
+are stored in parts are gathered before). Their keys stay where they were made,
+as parts of one memory, to which the question attends as it does to any that is
+in parts (`parallel.tree`).
 """
 
 import functools

@@ -11,6 +11,9 @@ tokens and a state go in, logits and the next state come out.
   reaches neither the result nor another row, and where nothing can be a pad
   every engine takes its short way.
 
+Where time is spread over devices (`seq` of the mesh), keys and values of layers
+that attend lie in parts, see `parallel.tree`; what is generated is the same.
+
 Each phase is one program for each (rows, longest prompt rounded up to whole
 chunks, chunk, max_new); other prompts, keys, temperatures, k, p and end tokens
 are data.
