@@ -13,28 +13,31 @@ carries on from the last checkpoint. Ctrl-C stops all.
 import argparse
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 POLL = 0.02  # seconds
 LAST = 8  # lines of a process that died
-NOISE = ('[Gloo]', '    @ ', '*** Check failure')  # of jaxlib, on the way
+# What jaxlib says of connections, and of its own stack when it aborts.
+NOISE = re.compile(r'\[Gloo\]|peer ranks|^    @ |^\*\*\* Check failure')
 
 
 class Process:
-  """A process whose output goes to a file, and if `shown` here as well.
+  """A process whose output goes to a file, and of the first here as well.
 
   Attributes:
     number: which of them it is.
     log: where its output is.
     popen: the process.
     ended: when it was seen to have ended, or None.
+    shown: whether what it writes is shown.
   """
 
   def __init__(
@@ -46,6 +49,7 @@ class Process:
   ):
     self.number, self.log, self.ended = number, log, None
     self._before = log.stat().st_size if log.exists() else 0
+    self._reader = None
     self.shown = number == 0
     with open(log, 'ab') as file:
       self.popen = subprocess.Popen(
@@ -59,7 +63,8 @@ class Process:
         start_new_session=True,
       )
     if self.shown:
-      threading.Thread(target=self._show, daemon=True).start()
+      self._reader = threading.Thread(target=self._show, daemon=True)
+      self._reader.start()
 
   def poll(self) -> int | None:
     """The exit status, once it has one; negative for a signal."""
@@ -67,6 +72,13 @@ class Process:
     if status is not None and self.ended is None:
       self.ended = time.monotonic()
     return status
+
+  def kill(self) -> None:
+    """Ends it, if it still runs, and waits until all it wrote has come."""
+    self.popen.kill()
+    self.popen.wait()
+    if self._reader:
+      self._reader.join()
 
   def fate(self) -> str:
     """How it ended."""
@@ -80,17 +92,31 @@ class Process:
     with open(self.log, 'rb') as file:
       file.seek(self._before)
       lines = file.read().decode(errors='replace').splitlines()
-    return [
-      line for line in lines if line.strip() and not line.startswith(NOISE)
-    ][-LAST:]
+    wanted = [x for x in lines if x.strip() and not NOISE.search(x)]
+    return wanted[-LAST:]
 
   def _show(self) -> None:
-    with open(self.log, 'ab', buffering=0) as file:
-      for line in self.popen.stdout:
+    with self.popen.stdout as lines, open(self.log, 'ab', buffering=0) as file:
+      for line in lines:
         file.write(line)
-        if self.shown and not line.decode(errors='replace').startswith(NOISE):
+        if self.shown and not NOISE.search(line.decode(errors='replace')):
           sys.stdout.buffer.write(line)
           sys.stdout.flush()
+
+
+def watched(
+  commands: Sequence[Sequence[str]],
+  logs: Path,
+  timeout: float,
+  env: Mapping[str, str] = os.environ,
+) -> int:
+  """`run` for the command line: to be terminated is to be interrupted."""
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  try:
+    return run(commands, logs, timeout, env)
+  except KeyboardInterrupt:
+    print('Stopped. The same command carries on from the last checkpoint.')
+    return 130
 
 
 def run(
@@ -112,21 +138,22 @@ def run(
     An exit status; if it is 1, the reason has been printed to stderr.
   """
   logs.mkdir(parents=True, exist_ok=True)
-  processes = []
+  processes, dead, silent = [], None, []
   try:
-    for i, command in enumerate(commands):
-      log = logs / f'process-{i}.log'
-      processes.append(Process(i, command, log, env))
-    with _guarded(processes):
+    with _guard() as guarded:
+      for i, command in enumerate(commands):
+        process = Process(i, command, logs / f'process-{i}.log', env)
+        processes.append(process)
+        guarded(process)
       dead = _first_dead(processes)
-      if dead is None:
-        return 0
-      processes[0].shown = False  # how it was aborted is for its log
-      silent = _outlive(processes, dead.ended + 2 * timeout)
+      if dead:
+        processes[0].shown = False  # how it was aborted is for its log
+        silent = _outlive(processes, dead.ended + 2 * timeout)
   finally:
     for process in processes:
-      process.popen.kill()
-      process.popen.wait()
+      process.kill()
+  if dead is None:
+    return 0
   print(_explained(processes, dead, silent), file=sys.stderr)
   return 1
 
@@ -184,20 +211,24 @@ def _explained(
 
 
 @contextlib.contextmanager
-def _guarded(processes: Sequence[Process]) -> Iterator[None]:
-  """Processes that end with this one, however it ends.
+def _guard() -> Iterator[Callable[[Process], None]]:
+  """Whoever is given to it ends with this process, however that ends.
 
   A shell waits for the end of a pipe that only this process can write to.
   """
   guard = subprocess.Popen(
-    ['sh', '-c', 'read line; kill -9 "$@"', 'sh']
-    + [str(process.popen.pid) for process in processes],
+    ['sh', '-c', 'while read pid; do all="$all $pid"; done; kill -9 $all'],
     stdin=subprocess.PIPE,
     stderr=subprocess.DEVNULL,
     start_new_session=True,
   )
+
+  def guarded(process: Process) -> None:
+    guard.stdin.write(b'%d\n' % process.popen.pid)
+    guard.stdin.flush()
+
   try:
-    yield
+    yield guarded
   finally:
     guard.kill()
     guard.wait()
@@ -262,15 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     'JAX_PLATFORMS': 'cpu',
     'JAX_NUM_CPU_DEVICES': str(flags.devices),
     'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    # In CPU programs that come from there, collectives may overtake each other,
+    # which gloo does not notice unless their sizes differ (jaxlib 0.10.2).
+    'JAX_ENABLE_COMPILATION_CACHE': 'false',
     'PYTHONUNBUFFERED': '1',  # a process that is killed has said all it said
   }
-  # To be terminated is to be interrupted: all processes end.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  try:
-    return run(commands, Path(workdir) / 'logs', flags.timeout, env)
-  except KeyboardInterrupt:
-    print('Stopped. The same command carries on from the last checkpoint.')
-    return 130
+  return watched(commands, Path(workdir) / 'logs', flags.timeout, env)
 
 
 if __name__ == '__main__':

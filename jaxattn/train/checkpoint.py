@@ -20,7 +20,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,11 +173,12 @@ class Store:
       preservation_policy=self,  # orbax asks `should_preserve`
       cleanup_tmp_directories=True,
     )
+    self._reader = _reader(self._workdir)
     complete = self._manager.all_steps()
     for name in found:
       if name not in map(str, complete):
         self._note(f'checkpoint {name} was never completed: it is left out')
-    self._headlines = _headlines(self._manager, complete)
+    self._headlines = _headlines(self._reader, complete)
 
   def save(
     self, step: int, state: TrainState, headline: float | None = None
@@ -216,7 +217,7 @@ class Store:
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        parts = _restore(self._manager, step, _parts(shapes))
+        parts = _restore(self._reader, step, _parts(shapes), processes.worst)
       except Damaged as error:
         damaged.append(step)
         self._note(f'checkpoint {step} is damaged: {error}')
@@ -246,6 +247,7 @@ class Store:
   def close(self) -> None:
     """Waits until everything is written."""
     self._manager.close()
+    self._reader.close()
 
   def _set_aside(self, damaged: list[int]) -> None:
     for step in damaged:
@@ -285,7 +287,7 @@ def load(workdir: str | os.PathLike) -> Loaded:
     {'params': variables['params'], 'stats': variables.get('stats', {})},
   )
   notes = []
-  manager = _manager(workdir, create=False)
+  manager = _reader(workdir)
   try:
     steps = manager.all_steps()
     order = _best_first(steps, _headlines(manager, steps), run['better'])
@@ -315,6 +317,19 @@ def _manager(workdir: Path, **options) -> ocp.CheckpointManager:
   )
 
 
+def _reader(workdir: Path) -> ocp.CheckpointManager:
+  """With this each process reads on its own.
+
+  With the other, those that could read their part would wait inside of orbax
+  for one that could not.
+  """
+  me = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me)
+  )
+  return _manager(workdir, create=False, multiprocessing_options=alone)
+
+
 def _parts(state: TrainState) -> dict[str, PyTree]:
   """A state as a checkpoint keeps it: what `load` reads, and the rest."""
   training = {
@@ -326,9 +341,15 @@ def _parts(state: TrainState) -> dict[str, PyTree]:
 
 
 def _restore(
-  manager: ocp.CheckpointManager, step: int, parts: dict[str, PyTree]
+  manager: ocp.CheckpointManager,
+  step: int,
+  parts: dict[str, PyTree],
+  worst: Callable[[str | None], str | None] = lambda error: error,
 ) -> dict[str, PyTree]:
-  """The parts of a checkpoint, in the shapes given. Raises Damaged."""
+  """The parts of a checkpoint, in the shapes given. Raises Damaged.
+
+  `worst` turns what was wrong here into what was wrong anywhere.
+  """
   flat = {name: _flat(shapes) for name, shapes in parts.items()}
   args = {
     name: ocp.args.StandardRestore(shapes) for name, shapes in flat.items()
@@ -343,7 +364,7 @@ def _restore(
   except Exception as error:  # orbax and tensorstore raise what they meet
     reason = str(error).partition('\n')[0][:200]
     wrong, cause = f'{type(error).__name__}: {reason}', error
-  if wrong := processes.worst(wrong):
+  if wrong := worst(wrong):
     raise Damaged(wrong) from cause
   sums = _sums(arrays)
   for name, shapes in flat.items():
