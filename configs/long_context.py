@@ -103,7 +103,11 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
       },
       'optimizer': {
         'name': 'adamw',
-        'schedule': {'name': 'warmup_cosine', 'peak': 1e-3, 'warmup': 0.05},
+        'schedule': {
+          'name': 'warmup_cosine',
+          'peak': 1e-3,
+          'warmup': 0.5 if size == 'quick' else 0.05,
+        },
         'weight_decay': 0.1,
         'clip': 1.0,
         'options': {'b2': 0.95},
@@ -119,7 +123,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
     }
   )
   if linear:
-    config.model.mechanisms.gated_linear = {'heads': heads}
+    config.model.mechanisms.gated_linear = {'heads': heads // 4}
   if not trained:
     config.task.length = 2**20
   elif size == 'quick':

@@ -39,7 +39,7 @@ from jaxattn.parallel import sequence, stripe
 from pallas_kernels import chips
 
 # Lengths that `--longest` tells apart, in an octave.
-STEPS = 16
+STEPS = 8
 
 
 def way(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -58,11 +58,14 @@ def way(config: dict[str, Any], name: str) -> dict[str, Any]:
   return {**config, 'policy': policy}
 
 
-def longest(config, devices, length: int, clock) -> tuple[Plan, Plan | None]:
-  """The longest that fits, and the shortest seen that does not.
+def longest(
+  config: dict[str, Any], devices: Sequence[Any], length: int, clock: Clock
+) -> tuple[Plan, Plan | None]:
+  """The longest row that fits, and the shortest seen that does not.
 
   Lengths are doubled or halved from `length` on until one fits and the next
-  does not; then the octave between is divided into STEPS and bisected.
+  does not. Then the octave between is divided into STEPS and searched, where
+  the bytes that both need let expect the answer.
   """
 
   def seen(length):
@@ -79,8 +82,10 @@ def longest(config, devices, length: int, clock) -> tuple[Plan, Plan | None]:
     fits, fails = (here, fails) if here.fits else (fits, here)
   step = max(fits.length // STEPS, 1)
   while fails.length - fits.length > step:
-    steps = (fails.length - fits.length) // step
-    here = seen(fits.length + steps // 2 * step)
+    share = (fits.room - fits.needs) / (fails.needs - fits.needs)
+    between = (fails.length - fits.length) // step
+    ahead = min(max(int(share * between), 1), between - 1)
+    here = seen(fits.length + ahead * step)
     fits, fails = (here, fails) if here.fits else (fits, here)
   return fits, fails
 
@@ -92,7 +97,7 @@ def report(found: Plan, console: Console) -> None:
     'devices': f'{found.devices} x {found.kind} ({found.mesh})',
     'tokens': f'{found.length:,} a row, {found.batch:,} rows a step',
   }
-  if found.fits:
+  if found.held:
     lines |= {
       'parameters': amount(found.held['parameters']),
       'optimiser': amount(found.held['optimiser']),
@@ -101,10 +106,10 @@ def report(found: Plan, console: Console) -> None:
       'temporaries': amount(found.held['temporaries']),
     }
   lines['in all'] = found.verdict
-  if found.fits:
+  if found.held:
     share = found.hidden / found.sent if found.sent else 1
     lines['sent a step'] = (
-      f'{amount(found.sent)} by each device, {share:.0%} of it behind other work'
+      f'{amount(found.sent)} by each device, {share:.0%} behind other work'
     )
   lines['layout'] = found.layout
   for i, text in enumerate(found.strategies):
@@ -124,7 +129,7 @@ def compared(plans: dict[str, Plan], console: Console) -> None:
     table.add_column(name, justify='left' if name == 'way' else 'right')
   for name, found in plans.items():
     sent = hidden = 'not compiled'
-    if found.fits:
+    if found.held:
       sent = amount(found.sent)
       hidden = f'{found.hidden / found.sent:.0%}' if found.sent else ''
     table.add_row(

@@ -40,7 +40,7 @@ class Plan:
     layout: of tokens over devices.
     strategies: what each kind of attention call chose, with its reason.
     held: 'parameters', 'optimiser', 'batch', 'program', 'temporaries'; empty if
-      it does not fit.
+      the compiler gave up, who then says roughly what is needed.
     needs: bytes in all; room: what a device has.
     sent: bytes that it sends in a step; hidden: of these, behind other work.
     advice: what to change, if it does not fit.
@@ -66,7 +66,7 @@ class Plan:
 
   @property
   def fits(self) -> bool:
-    return bool(self.held)
+    return self.needs <= self.room
 
   @property
   def verdict(self) -> str:
@@ -133,7 +133,7 @@ def plan(
       needs, room = _exceeded(error)
       found = {'held': {}, 'needs': needs, 'room': room, 'sent': 0, 'hidden': 0}
     else:
-      found = _found(compiled, programs.shapes, mesh)
+      found = _found(compiled, programs.shapes, mesh, chosen.rounds)
   counts = [f'{n} x {" ".join(unit)}' for unit, n in _groups(model)]
   sizes = ', '.join(f'{k}={n}' for k, n in mesh.shape.items())
   weights = jax.tree.leaves(programs.shapes.params)
@@ -146,7 +146,7 @@ def plan(
     parameters=sum(w.size for w in weights),
     pattern=', '.join(counts),
     layout=layout,
-    strategies=tuple(chosen.said),
+    strategies=tuple(map(str, chosen.strategies)),
     advice=(),
     seconds=time.perf_counter() - began,
     **found,
@@ -167,10 +167,18 @@ class _Chosen(logging.Handler):
 
   def __init__(self):
     super().__init__(logging.INFO)
-    self.said: list[str] = []
+    self.strategies: dict[sequence.Strategy, None] = {}  # in their order
 
   def emit(self, record):
-    self.said.append(record.getMessage().partition(' runs as ')[2])
+    _, strategy = record.args
+    self.strategies[strategy] = None
+
+  @property
+  def rounds(self) -> int:
+    """How often a loop goes round at most whose length data decide."""
+    # Of a hybrid's hops the first and the last are exchanges of heads.
+    hops = [x.hops - 2 * (x.name == 'hybrid') for x in self.strategies]
+    return max(hops, default=1)
 
   def __enter__(self):
     sequence.choose.cache_clear()  # it says each choice once
@@ -214,7 +222,7 @@ def _share(tree) -> int:
   )
 
 
-def _found(compiled, shapes: step.TrainState, mesh) -> dict[str, Any]:
+def _found(compiled, shapes: step.TrainState, mesh, rounds) -> dict[str, Any]:
   memory = compiled.memory_analysis()
   held = {
     'parameters': _share((shapes.params, shapes.stats)),
@@ -226,9 +234,7 @@ def _found(compiled, shapes: step.TrainState, mesh) -> dict[str, Any]:
   # The state that is given is written over by the one that comes out.
   news = memory.output_size_in_bytes - memory.alias_size_in_bytes
   held['temporaries'] = memory.temp_size_in_bytes + news
-  # Loops whose length data decide go round all devices at most.
-  most = max(mesh.shape[meshes.SEQ] - 1, 1)
-  exchanges = traffic.exchanges(compiled.as_text(), unknown=most)
+  exchanges = traffic.exchanges(compiled.as_text(), unknown=rounds)
   return {
     'held': held,
     'needs': sum(held.values()),

@@ -23,7 +23,7 @@ def over(engine, size: int):
     engine: a function of each token on its own; arrays and results are pytrees
       whose leaves are all 'b t ...'.
     size: tokens of each row that are served at once; the last block is filled
-      up with zeros, and what is made of these is dropped.
+      up with the last token, and what is made of that is dropped.
   """
 
   def run(arrays, weights):
@@ -41,7 +41,8 @@ def over(engine, size: int):
 
 def _cut(x, size):
   """'b t ...' as 'n b size ...'."""
-  x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+  fill = [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2)
+  x = jnp.pad(x, fill, mode='edge')
   x = x.reshape(len(x), -1, size, *x.shape[2:])
   return jnp.moveaxis(x, 1, 0)
 
