@@ -1,0 +1,129 @@
+"""What is read from compiled programs is what they were written to do."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from jaxattn.analysis import traffic
+from jaxattn.parallel import mesh as meshes
+from tests import devices
+
+N = 8
+
+
+def programs():
+  """name -> [kind, bytes, times] of what eight devices exchange."""
+  mesh = meshes.make(data=1, seq=N)
+  time, whole = jax.P(None, 'seq'), jax.P()
+  shift = lambda x: lax.ppermute(x, 'seq', [(i, (i + 1) % N) for i in range(N)])
+
+  def ring(x):  # from 1 on, as a backward pass goes
+    return lax.fori_loop(1, N, lambda _, x: jnp.sin(shift(x)), x)
+
+  def nested(x):
+    layer = lambda x, _: (ring(x), None)
+    return lax.scan(layer, x, None, length=3)[0]
+
+  def until(x):
+    hops = lax.pmax(jnp.int32(jnp.abs(x[0, 0])), 'seq')
+    return lax.fori_loop(0, hops, lambda _, x: shift(x), x)
+
+  cases = {
+    'gather': (lambda x: lax.all_gather(x, 'seq', axis=1, tiled=True), 'whole'),
+    'sum': (lambda x: lax.psum(x, 'seq'), whole),
+    'scatter': (
+      lambda x: lax.psum_scatter(x, 'seq', tiled=True),
+      time,
+    ),
+    'exchange': (lambda x: lax.all_to_all(x, 'seq', 1, 0, tiled=True), time),
+    'ring': (ring, time),
+    'nested': (nested, time),
+    'until': (until, time),
+  }
+  found = {}
+  with jax.set_mesh(mesh):
+    x = jax.device_put(jnp.ones((N, N * N), jnp.float32), time)
+    for name, (run, out) in cases.items():
+      program = jax.jit(
+        jax.shard_map(
+          run,
+          in_specs=time,
+          out_specs=time if out == 'whole' else out,
+          check_vma=out != 'whole',
+        )
+      )
+      text = program.lower(x).compile().as_text()
+      found[name] = [
+        [x.kind, x.sent, x.times] for x in traffic.exchanges(text, unknown=5)
+      ]
+  return found
+
+
+@pytest.fixture(scope='module')
+def found():
+  program = 'import json; from tests import test_traffic as own;'
+  return json.loads(
+    devices.run('-c', f'{program} print(json.dumps(own.programs()))')
+  )
+
+
+PART = N * N * 4  # bytes that a device has
+EXPECTED = {
+  'gather': ['all-gather', (N - 1) * PART, 1],
+  'sum': ['all-reduce', 2 * (N - 1) * PART // N, 1],
+  'scatter': ['reduce-scatter', (N - 1) * PART // N, 1],
+  'exchange': ['all-to-all', (N - 1) * PART // N, 1],
+  'ring': ['collective-permute', PART, N - 1],
+  'nested': ['collective-permute', PART, 3 * (N - 1)],
+  'until': ['collective-permute', PART, 5],
+}
+
+
+@pytest.mark.parametrize('name', EXPECTED)
+def test_bytes_and_times(found, name):
+  assert EXPECTED[name] in found[name]
+  others = [x for x in found[name] if x != EXPECTED[name]]
+  assert sum(sent * times for _, sent, times in others) <= 64  # a number
+
+
+TEXT = """HloModule test
+
+%body (p: (f32[8], s32[])) -> (f32[8], s32[]) {
+  %p = (f32[8]{0}, s32[]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p), index=0
+  %send = (f32[8]{0:T(8)}, f32[8]{0}) collective-permute-start(%x)
+  %kernel = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call"
+  %come = f32[8]{0} collective-permute-done(%send)
+  %late = (f32[8]{0}, f32[8]{0}) collective-permute-start(%come)
+  %there = f32[8]{0} collective-permute-done(%late)
+  ROOT %t = (f32[8]{0}, s32[]) tuple(%there, %kernel)
+}
+
+%condition (p: (f32[8], s32[])) -> pred[] {
+  %p = (f32[8]{0}, s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=1
+  %end = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %start = s32[] constant(0)
+  %begin = (f32[8]{0}, s32[]) tuple(%start, %x)
+  %loop = (f32[8]{0}, s32[]) while(%begin), condition=%condition, body=%body
+  ROOT %o = f32[8]{0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_what_is_hidden():
+  found = traffic.exchanges(TEXT)
+  assert [(x.sent, x.times, x.hidden) for x in found] == [
+    (32, 7, True),
+    (32, 7, False),
+  ]
+  assert traffic.total(found) == 2 * 32 * 7
+  assert traffic.total(found, hidden=True) == 32 * 7
