@@ -293,9 +293,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     'JAX_PLATFORMS': 'cpu',
     'JAX_NUM_CPU_DEVICES': str(flags.devices),
     'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-    # In CPU programs that come from there, collectives may overtake each other,
-    # which gloo does not notice unless their sizes differ (jaxlib 0.10.2).
-    'JAX_ENABLE_COMPILATION_CACHE': 'false',
     'PYTHONUNBUFFERED': '1',  # a process that is killed has said all it said
   }
   return watched(commands, Path(workdir) / 'logs', flags.timeout, env)
