@@ -1,7 +1,9 @@
 """A training step, compiled for devices that are not there."""
 
+import contextlib
 import dataclasses
 import logging
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -128,7 +130,8 @@ def plan(
     began = time.perf_counter()
     lowered = programs.train.lower(programs.shapes, _batch(task, feed))
     try:
-      compiled = lowered.compile()
+      with _unkept():
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       needs, room = _exceeded(error)
       found = {'held': {}, 'needs': needs, 'room': room, 'sent': 0, 'hidden': 0}
@@ -160,6 +163,18 @@ def plan(
 
 def _groups(model):
   return pattern.groups(model.layers())
+
+
+@contextlib.contextmanager
+def _unkept():
+  """No cache keeps what is compiled: it could not read it without the chips."""
+  name = 'jax_persistent_cache_min_compile_time_secs'
+  before = getattr(jax.config, name)
+  jax.config.update(name, math.inf)
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
 
 
 class _Chosen(logging.Handler):

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from jaxattn import registry
+from pallas_kernels import chips
 
 # Most of the time of these tests is compilation of programs that run for
 # milliseconds. Without LLVM's optimisations, and with the older of two ways to
@@ -68,6 +69,15 @@ def pytest_generate_tests(metafunc):
     for i in range(len(registry.spec(name).examples))
   ]
   metafunc.parametrize('mechanism', cases, scope='module')
+
+
+@pytest.fixture
+def compiler():
+  """For tests with the mark `aot`: with JAXATTN_AOT=1 a skip is a failure."""
+  if why := chips.missing():
+    if os.environ.get('JAXATTN_AOT') == '1':
+      pytest.fail(why)
+    pytest.skip(why)
 
 
 @pytest.hookimpl(optionalhook=True)

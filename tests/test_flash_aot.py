@@ -6,8 +6,6 @@ Forward and backward go through the compilers of five generations: what passes
 fits in VMEM and HBM there. With JAXATTN_AOT=1 a missing compiler is a failure.
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -26,17 +24,9 @@ from pallas_kernels.scores import (
   Slopes,
 )
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('compiler')]
 SMALL = Blocks(256, 256)  # compiles in a second, and has the same code
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def compiler():
-  if why := chips.missing():
-    if os.environ.get('JAXATTN_AOT') == '1':
-      pytest.fail(why)
-    pytest.skip(why)
 
 
 def compiled(

@@ -9,9 +9,8 @@ import pytest
 from jaxattn.parallel import ring, sequence
 from pallas_kernels import chips
 from pallas_kernels.masks import Causal
-from tests.test_flash_aot import compiler  # noqa: F401
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('compiler')]
 WHERE = jax.P(None, 'seq')
 
 

@@ -1,0 +1,197 @@
+"""The planner: its search and its words here, its verdicts with a compiler."""
+
+import dataclasses
+import io
+import subprocess
+import sys
+
+import jax
+import pytest
+from rich.console import Console
+
+from configs import long_context
+from experiments import plan as program
+from experiments import planned
+from experiments.planned import Plan
+from experiments.screen import Clock
+from pallas_kernels import chips
+from tests.devices import ROOT
+
+GIB = 2**30
+BLANK = Plan(
+  length=0,
+  batch=1,
+  devices=4,
+  kind='TPU v5 lite',
+  mesh='data=1, seq=4, model=1',
+  parameters=1000,
+  pattern='2 x multi_head',
+  layout='contiguous',
+  strategies=('ring (asked for): ...',),
+  held=dict.fromkeys(
+    ('parameters', 'optimiser', 'batch', 'program', 'temporaries'), GIB
+  ),
+  needs=0,
+  room=16 * GIB,
+  sent=4 * GIB,
+  hidden=GIB,
+  advice=(),
+  seconds=1.0,
+)
+
+
+def console():
+  return Console(file=io.StringIO(), width=200)
+
+
+def searched(monkeypatch, start, needs):
+  """What `longest` finds where a row of n tokens needs needs(n) bytes."""
+  seen = []
+
+  def fake(config, devices, length):
+    seen.append(length)
+    return dataclasses.replace(BLANK, length=length, needs=int(needs(length)))
+
+  monkeypatch.setattr(program, 'plan', fake)
+  fits, fails = program.longest({}, [None] * 4, start, Clock(console()))
+  return fits, fails, seen
+
+
+@pytest.mark.parametrize('start', [2**10, 2**14, 2**20])
+@pytest.mark.parametrize('most', [2**14, 2**14 + 4096, 2**15 - 1])
+def test_the_longest_that_fits(monkeypatch, start, most):
+  line = lambda length: 2 * GIB + 14 * GIB * length / most
+  fits, fails, seen = searched(monkeypatch, start, line)
+  assert fits.length <= most < fails.length
+  assert fails.length - fits.length == 2**14 // program.STEPS
+  assert len(seen) == len(set(seen))
+  assert len(seen) <= 13
+
+
+def test_needs_that_are_no_line_are_found_all_the_same(monkeypatch):
+  curve = lambda length: GIB + 15 * GIB * (length / 20_000) ** 3
+  fits, fails, _ = searched(monkeypatch, 2**12, curve)
+  assert fits.length <= 20_000 < fails.length
+  assert fails.length - fits.length == 2**14 // program.STEPS
+
+
+def test_nothing_fits(monkeypatch):
+  fits, fails, _ = searched(monkeypatch, 64, lambda length: 17 * GIB)
+  assert not fits.fits
+  assert fails is None
+
+
+def test_ways():
+  config = long_context.get_config('size=7b').to_dict()
+  ring = program.way(config, 'striped')
+  assert (ring['layout'], ring['policy']['strategy']) == ('striped', 'ring')
+  assert program.way(config, 'ulysses')['policy']['strategy'] == 'ulysses'
+  alone = program.way(config, 'blockwise')
+  assert (alone['mesh']['data'], alone['mesh']['seq']) == (-1, 1)
+  with pytest.raises(ValueError, match='--compare=rign is none of'):
+    program.way(config, 'rign')
+  assert config == long_context.get_config('size=7b').to_dict()
+
+
+def test_what_a_compiler_says_is_understood():
+  said = planned._exceeded
+  assert said(
+    ValueError('HLO temporaries (24.50G) exceeds available HBM (15.75G).')
+  ) == (int(24.5 * GIB), int(15.75 * GIB))
+  assert said(ValueError('Used 17.00G of 512.0M hbm. Exceeded by ...')) == (
+    17 * GIB,
+    2**29,
+  )
+  with pytest.raises(ValueError, match='else'):
+    said(ValueError('something else'))
+
+
+def test_words():
+  out = console()
+  program.report(dataclasses.replace(BLANK, length=8, needs=GIB), out)
+  told = out.file.getvalue()
+  assert '1.00 GiB of 16.00 GiB: fits, 15.00 GiB are left' in told
+  assert '4.00 GiB by each device, 25% behind other work' in told
+  out = console()
+  advice = ('more devices: ...',)
+  much = dataclasses.replace(BLANK, needs=20 * GIB, held={}, advice=advice)
+  program.report(much, out)
+  told = out.file.getvalue()
+  assert 'does not fit by 4.00 GiB' in told
+  assert 'to change: more devices' in told
+  assert 'sent' not in told
+  out = console()
+  program.compared({'ring': BLANK, 'gather': much}, out)
+  assert 'not compiled' in out.file.getvalue()
+
+
+# ---------------------------------------------------- with a compiler of TPUs
+
+LARGE = ('--config=configs/long_context.py:gather,size=7b', '--topology=v5e')
+
+
+def ran(*flags):
+  command = [sys.executable, '-m', 'experiments.plan', *LARGE, *flags]
+  return subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, check=False
+  )
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures('compiler')
+class TestCompiled:
+  def test_what_fits(self):
+    config = long_context.get_config('quick,ring').to_dict()
+    config['policy']['implementation'] = 'xla'  # compiles sooner
+    made = planned.plan(config, chips.devices('v5e'), 4096)
+    assert made.fits
+    assert made.devices == 4
+    assert made.room == int(15.75 * GIB)
+    assert made.needs == sum(made.held.values())
+    # Adam's moments are as large as the weights, and there are two.
+    weights = 4 * made.parameters / 4
+    assert weights <= made.held['parameters'] < 1.1 * weights
+    assert made.held['optimiser'] / made.held['parameters'] == pytest.approx(
+      2, abs=0.01
+    )
+    # Keys and values of each layer go round: forward, again, and backward with
+    # their gradients.
+    (strategy,) = made.strategies
+    assert strategy.startswith('ring (asked for)')
+    heads = 4 * 1024 * 64 * 4  # rows, tokens, width, bytes
+    least = 4 * (3 * 3 * 2 + 4 * 2) * heads / 2  # bfloat16 may be sent
+    assert least < made.sent < 3 * least
+
+  def test_what_does_not(self):
+    flags = '--config.batch=8', '--config.model.remat=False'
+    found = ran(*flags, '--length=65536')
+    assert found.returncode == 1, found.stdout + found.stderr
+    assert 'does not fit by' in found.stdout
+    advice = [x for x in found.stdout.split('\n') if x.startswith('to change')]
+    for i, word in enumerate(
+      ('remat', 'strategy=ring', 'accumulate=8', 'bfloat16', 'more devices')
+    ):
+      assert word in advice[i]
+
+  def test_what_cannot_work_is_said(self):
+    with pytest.raises(ValueError, match="topology='v5e:9x9'"):
+      chips.devices('v5e:9x9')
+    with pytest.raises(ValueError, match="topology='v9' must be one of v3"):
+      chips.devices('v9')
+    found = ran('--compare=rign')
+    assert found.returncode == 1
+    assert 'error: --compare=rign is none of' in found.stderr
+    assert 'Traceback' not in found.stderr
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch):
+  chips.devices.cache_clear()
+  monkeypatch.setattr(chips, 'missing', lambda: 'libtpu is not installed: ...')
+  with pytest.raises(ModuleNotFoundError, match='libtpu is not installed'):
+    chips.devices('v5e')
+  chips.devices.cache_clear()
+
+
+def test_the_planner_leaves_no_trace():
+  """Planning does not change what this process computes on."""
+  assert jax.devices()[0].platform == 'cpu'
