@@ -214,6 +214,7 @@ class Store:
     Raises:
       ValueError: there are checkpoints and none of them is good.
     """
+    self._manager.wait_until_finished()
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
