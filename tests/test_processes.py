@@ -484,11 +484,14 @@ def test_all_end_with_the_launcher(tmp_path, name):
 
 
 def test_who_does_not_follow_is_killed(tmp_path, capfd):
-  code = 'import sys, time; print("working"); sys.stdout.flush(); '
-  commands = [
-    [sys.executable, '-c', code + end]
-    for end in ('time.sleep(60)', 'sys.exit("error: out of luck")')
-  ]
+  begins = 'import os, sys, time; print("working", flush=True)\n'
+  ends = (
+    'time.sleep(60)',
+    'while not os.path.getsize(sys.argv[1]): time.sleep(0.02)\n'
+    'sys.exit("error: out of luck")',
+  )
+  other = str(tmp_path / 'process-0.log')
+  commands = [[sys.executable, '-c', begins + end, other] for end in ends]
   (tmp_path / 'process-1.log').write_text('words of an earlier run\n')
   began = time.monotonic()
   assert local.run(commands, tmp_path, timeout=0.5) == 1

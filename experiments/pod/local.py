@@ -98,10 +98,10 @@ class Process:
   def _show(self) -> None:
     with self.popen.stdout as lines, open(self.log, 'ab', buffering=0) as file:
       for line in lines:
-        file.write(line)
         if self.shown and not NOISE.search(line.decode(errors='replace')):
           sys.stdout.buffer.write(line)
           sys.stdout.flush()
+        file.write(line)
 
 
 def watched(
