@@ -12,6 +12,7 @@ Sections:
             scaled_dot_product_attention; time and temporary memory
   masks     windows, documents and prefixes: time against tiles not empty
   growth    time of linear-time mechanisms from 4k to 32k tokens
+  balance   work of devices in a ring, by layout of the tokens: tiles, counted
 
   python -m experiments.bench --kernels --static
 
@@ -45,7 +46,7 @@ import optax
 from rich.console import Console
 from rich.progress import track
 
-from experiments import bench_kernels, compiled, machine
+from experiments import bench_balance, bench_kernels, compiled, machine
 from jaxattn import registry
 from jaxattn.analysis.table import markdown
 from jaxattn.models.lm import LM
@@ -391,6 +392,7 @@ SECTIONS = {
   'softmax': attention,
   'masks': mask_costs,
   'growth': growth,
+  'balance': lambda args: bench_balance.page(args.out),
 }
 KERNELS = {'flash_tpu': lambda args: bench_kernels.static()}
 
@@ -444,13 +446,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   compiled.keep()
   console = Console(soft_wrap=True)
   for name in args.section or sections:
+    args.out.mkdir(parents=True, exist_ok=True)
     title, *rest = sections[name](args)
     words = shlex.join(['python', '-m', 'experiments.bench', *sys.argv[1:]])
     versions = ', '.join(f'{k} {v}' for k, v in machine.versions().items())
     today = datetime.date.today().isoformat()
     made = f'Made by `{words}`: {machine.device()}; {versions}; {today}.'
     page = '\n\n'.join([title, made, *rest]) + '\n'
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f'{name}.md').write_text(page, encoding='utf-8')
     console.print(page, markup=False, highlight=False)
 

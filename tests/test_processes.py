@@ -311,8 +311,8 @@ def test_losses_and_scores_are_those_of_one(found, name):
     for score, pair in alone['scores'].items():
       np.testing.assert_allclose(many['scores'][score], pair, rtol=1e-4)
     assert many['compiled'] == 1
-    striped = name == 'time'
-    assert many['layout'] == ('striped' if striped else 'contiguous')
+    even = name == 'time'
+    assert many['layout'] == ('zigzag' if even else 'contiguous')
 
 
 def own(feed, process, name):

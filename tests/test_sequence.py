@@ -92,7 +92,8 @@ def layout(names, length=1024, asked=None, seq=4):
 
 
 def test_layouts():
-  assert layout(['multi_head', 'moba']) == 'striped'
+  assert layout(['multi_head', 'moba']) == 'zigzag'
+  assert layout(['multi_head', 'moba'], length=1028) == 'striped'
   assert layout(['multi_head', 'gated_linear']) == 'contiguous'
   assert layout(['multi_head', 'sliding_window']) == 'contiguous'
   assert layout(['sliding_window'], asked='zigzag') == 'zigzag'

@@ -51,6 +51,29 @@ def test_a_million_tokens_are_even(layout, devices):
 
 
 @pytest.mark.parametrize('layout', ['striped', 'zigzag'])
+@pytest.mark.parametrize('devices', [4, 64])
+def test_a_million_tokens_are_almost_as_fast_as_can_be(layout, devices):
+  """docs/benchmarks/balance.md has all numbers."""
+  even, contiguous = (
+    stripe.work(Causal(), 2**20, devices, name)
+    for name in (layout, 'contiguous')
+  )
+  took = contiguous.max(0).sum()
+  most = took / contiguous.mean(0).sum()
+  assert took / even.max(0).sum() >= 0.95 * most
+
+
+@pytest.mark.parametrize('devices', [4, 8, 16, 64])
+@pytest.mark.parametrize('length', [2**9, 2**12, 2**16])
+def test_zigzag_is_never_slower_than_striped(length, devices):
+  zigzag, striped = (
+    stripe.work(Causal(), length, devices, name).max(0).sum()
+    for name in ('zigzag', 'striped')
+  )
+  assert zigzag <= striped
+
+
+@pytest.mark.parametrize('layout', ['striped', 'zigzag'])
 @pytest.mark.parametrize('length', [64, 512, 4096, 2**14])
 def test_never_slower_than_contiguous(layout, length):
   even, contiguous = (

@@ -166,8 +166,8 @@ def test_every_mechanism_trains_with_time_over_devices(found):
   assert time['compiled'] == 1
 
 
-def test_time_is_striped_where_every_layer_takes_it(found):
-  assert found['multi_head']['time']['layout'] == 'striped'
+def test_work_is_even_where_every_layer_takes_it(found):
+  assert found['multi_head']['time']['layout'] == 'zigzag'
   assert found['gated_linear']['time']['layout'] == 'contiguous'
   assert found['multi_head']['one']['layout'] == 'contiguous'
 

@@ -362,8 +362,10 @@ def layout(
 ) -> str:
   """How the tokens of a model lie over devices; one of `stripe.LAYOUTS`.
 
-  Striped, for all devices to have the same work, if every layer takes tokens in
-  any order, and none reads what is near alone.
+  If every layer takes tokens in any order, and none reads what is near alone,
+  they lie so that all devices have the same work: zigzag, or striped where the
+  length does not divide so far. Both do in every hop of a ring, but tiles of a
+  zigzag are seen whole, and striped ones by half (docs/benchmarks/balance.md).
 
   Args:
     specs: the `Spec` of each mechanism of the model, by name.
@@ -383,8 +385,9 @@ def layout(
   fixed = sorted(n for n, own in specs.items() if own.layout == 'contiguous')
   if asked is None:
     near = any(own.near for own in specs.values())
-    even = parts > 1 and length % parts == 0
-    return 'striped' if even and not fixed and not near else 'contiguous'
+    if parts == 1 or length % parts or fixed or near:
+      return 'contiguous'
+    return 'striped' if length % (2 * parts) else 'zigzag'
   if fixed and asked != 'contiguous':
     raise ValueError(
       f'layout={asked!r}: neighbours in time must be neighbours in memory for'
