@@ -1,39 +1,109 @@
-"""A ring of TPUs that are not there: what it sends is hidden behind kernels."""
+"""Rings of chips that are not there: what they keep, and what they send when.
 
+The compiled program tells both. Rings that are written wrongly are compiled
+too, and the same assertions reject them.
+"""
+
+import functools
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 from jaxattn.parallel import ring, sequence
-from pallas_kernels import chips
+from pallas_kernels import chips, flash
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.masks import Causal
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('compiler')]
 WHERE = jax.P(None, 'seq')
+T, D = 2**14, 128  # tokens of a device: more than fit into its VMEM
+FOUR_AND_SIXTEEN = {
+  'v4': ('v4:2x2x1', 'v4:2x2x4'),
+  'v5e': ('v5e:2x2', 'v5e:4x4'),
+  'v5p': ('v5p:2x2x1', 'v5p:2x2x4'),
+  'v6e': ('v6e:2x2', 'v6e:4x4'),
+}
+# What q, k, v, o and their gradients take, on one device, in bytes.
+ARRAYS = 8 * T * D * 2
 
 
-def compiled(chip, t=8192):
-  """The text of a program: attention and its gradient, `t` tokens a chip."""
-  mesh = chips.mesh(chip, 4, 'seq')
-  sharding = jax.NamedSharding(mesh, WHERE)
-  shape = jax.ShapeDtypeStruct(
-    (1, 4 * t, 2, 128), jnp.bfloat16, sharding=sharding
+def attend(q, k, v):
+  return sequence.attention(
+    *(q, k, v),
+    mask=Causal(),
+    strategy='ring',
+    implementation='tpu',
+    blocks=Blocks(256, 256),  # which are soon compiled
   )
 
-  def attend(q, k, v):
-    return sequence.attention(
-      *(q, k, v), mask=Causal(), strategy='ring', implementation='tpu'
-    )
+
+def lowered(topology, t=T, attend=attend):
+  """Attention of one head and its gradient, `t` tokens a device."""
+  devices = chips.devices(topology)
+  mesh = jax.sharding.Mesh(devices, ('seq',))
+  sharding = jax.NamedSharding(mesh, WHERE)
+  shape = jax.ShapeDtypeStruct(
+    (1, len(devices) * t, 1, D), jnp.bfloat16, sharding=sharding
+  )
 
   def loss(*arrays):
     o = jax.shard_map(attend, in_specs=WHERE, out_specs=WHERE)(*arrays)
     return jnp.sum(o.astype(jnp.float32))
 
   with jax.set_mesh(mesh):
-    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*[shape] * 3)
-  return lowered.compile().as_text()
+    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*[shape] * 3)
+
+
+@functools.cache
+def compiled(topology):
+  return lowered(topology).compile()
+
+
+# ------------------------------------------------------------------- memory law
+
+
+def temporaries(program) -> int:
+  """Bytes, on each device."""
+  return program.memory_analysis().temp_size_in_bytes
+
+
+def grows(*programs) -> bool:
+  """Whether temporaries depend on how many devices there are."""
+  sizes = [temporaries(program) for program in programs]
+  return max(sizes) > 1.03 * min(sizes)
+
+
+@pytest.mark.parametrize('chip', FOUR_AND_SIXTEEN)
+def test_memory_does_not_grow_with_the_ring(chip):
+  """At as many tokens a device; and it is what a few of its arrays take."""
+  few, many = map(compiled, FOUR_AND_SIXTEEN[chip])
+  assert not grows(few, many)
+  assert temporaries(many) < 5 * ARRAYS
+
+
+def test_a_million_tokens():
+  """Nothing has a side of queries and one of keys, nor on the host.
+
+  Of 2**16 queries of a device and all keys it would take 2**36 bytes and more,
+  if of bytes.
+  """
+  tracemalloc.start()
+  try:
+    program = lowered('v5e:4x4', 2**16)
+    text = program.as_text()
+    _, most = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert most < 2**26
+  assert len(text) < 2**19  # no tables: it would hold them
+  assert temporaries(program.compile()) < 5 * ARRAYS * 2**16 // T
+
+
+# --------------------------------------------------------------------- schedule
 
 
 def hidden(text: str) -> dict[str, list[bool]]:
@@ -64,13 +134,17 @@ def hidden(text: str) -> dict[str, list[bool]]:
 def test_what_is_sent_is_hidden(chip):
   """Keys and values; and gradients of both, backward.
 
-  On v5p and v6e it is so backward; forward their compiler takes the transposing
-  of what a kernel leaves to be enough to hide behind, and sends after it.
+  On v5p and v6e their compiler takes the transposing of what a kernel leaves to
+  be enough to hide behind, and sends after it.
   """
-  assert hidden(compiled(chip)) == {
+  *_, topology = FOUR_AND_SIXTEEN.get(chip, ['tpu7x:2x2x1'])
+  assert hidden(compiled(topology).as_text()) == {
     'flash_forward': [True] * 2,
     'flash_backward': [True] * 4,
   }
+
+
+# ------------------------------------------------------------------ wrong rings
 
 
 def test_a_ring_that_computes_before_it_sends_is_rejected(monkeypatch):
@@ -78,11 +152,72 @@ def test_a_ring_that_computes_before_it_sends_is_rejected(monkeypatch):
     def step(hop, state):
       carry, block = state
       more = visit(hop, block)
-      block, more = jax.lax.optimization_barrier((block, more))
+      block, more = lax.optimization_barrier((block, more))
       return merge(carry, more), ring.shift(block)
 
-    carry, block = jax.lax.fori_loop(0, hops, step, (carry, block))
+    carry, block = lax.fori_loop(0, hops, step, (carry, block))
     return merge(carry, visit(hops, block))
 
   monkeypatch.setattr(ring, '_fold', in_turn)
-  assert hidden(compiled('v5e'))['flash_forward'] == [False] * 2
+  program = lowered('v5e:2x2').compile()
+  assert hidden(program.as_text())['flash_forward'] == [False] * 2
+
+
+def test_a_ring_that_jax_differentiates_is_rejected():
+  """It keeps the keys and the partial result of every hop for the gradient."""
+
+  def attend(q, k, v):
+    way = ring.Ring('seq')
+    here, own = way.owner(0) * T, jnp.arange(T)
+
+    def step(state, hop):
+      partial, *block = state
+      coming = way.shift(block)
+      more = flash.attention(
+        *(q, *block),
+        mask=Causal(),
+        query_order=here + own,
+        key_order=way.owner(hop) * T + own,
+        return_partial=True,
+        implementation='plain',
+      )
+      return (flash.merge(partial, more), *coming), None
+
+    state = flash.partial.nothing(q, v), k, v
+    (partial, *_), _ = lax.scan(step, state, jnp.arange(way.size))
+    return flash.finish(partial)[0].astype(q.dtype)
+
+  few, many = (
+    lowered(topology, attend=attend).compile()
+    for topology in FOUR_AND_SIXTEEN['v5e']
+  )
+  assert grows(few, many)
+
+
+def test_a_ring_in_a_row_is_rejected(monkeypatch):
+  """Hops one after the other, which nothing ties to what is computed.
+
+  The compiler sees that backward the same keys come by as forward, and rather
+  than send them twice it keeps all of them.
+  """
+
+  def fold(ring, visit, merge, carry, block, hops):
+    for hop in range(hops):
+      carry = merge(carry, visit(hop, block))
+      block = ring.shift(block)
+    return merge(carry, visit(hops, block))
+
+  def fold_back(ring, visit, block, hops):
+    stays, goes = visit(0, block)
+    for hop in range(1, hops + 1):
+      goes, block = ring.shift((goes, block))
+      more = visit(hop, block)
+      stays, goes = jax.tree.map(jnp.add, (stays, goes), more)
+    return stays, ring.shift(goes, -hops)
+
+  monkeypatch.setattr(ring, '_fold', fold)
+  monkeypatch.setattr(ring, '_fold_back', fold_back)
+  few, many = (
+    lowered(topology).compile() for topology in FOUR_AND_SIXTEEN['v5e']
+  )
+  assert grows(few, many)
