@@ -114,7 +114,11 @@ def main(workdir):
   found['every'] = {
     'one': over(one, EVERY),
     'time': over(meshes.make(seq=4), EVERY),
+    'model': over(meshes.make(seq=2, model=2), EVERY),
   }
+  for mode in ('explicit', 'auto'):
+    mesh = meshes.make(seq=2, model=2, axis_types=mode)
+    found['multi_head'][f'model, {mode}'] = over(mesh, 'multi_head')
   try:
     step.Feed(MQAR(), 12, 1, meshes.make())
   except ValueError as error:
@@ -157,8 +161,18 @@ class TestMesh:
     assert found[mixer][mode]['compiled'] == 1
 
 
-def test_every_mechanism_trains_with_time_over_devices(found):
-  one, time = found['every']['one'], found['every']['time']
+@pytest.mark.parametrize('mode', ['explicit', 'auto'])
+def test_heads_and_hidden_units_over_devices(found, mode):
+  one, eight = (found['multi_head'][x] for x in ('one', f'model, {mode}'))
+  np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-5)
+  assert eight['grad_norm'] == pytest.approx(one['grad_norm'], rel=1e-3)
+  assert sum(share == [1 / 8] * 2 for share in eight['split'].values()) >= 6
+  assert eight['compiled'] == 1
+
+
+@pytest.mark.parametrize('mesh', ['time', 'model'])
+def test_every_mechanism_trains_with_time_over_devices(found, mesh):
+  one, time = found['every']['one'], found['every'][mesh]
   # At first Adam takes the signs of gradients, which round either way about 0:
   # the first update can be compared, later ones only look alike.
   np.testing.assert_allclose(time['losses'][:2], one['losses'][:2], rtol=1e-5)

@@ -62,7 +62,9 @@ class FeedForward(nn.Module):
       matrix(self.hidden, width, name='out')(),
     )
     x = x.astype(self.policy.dtype)
-    return sequence.run(swiglu, x, weights=weights, block=self.block)
+    return sequence.run(
+      swiglu, x, weights=weights, block=self.block, split=(1, 1, 0)
+    )
 
 
 def swiglu(x, gate, up, out):

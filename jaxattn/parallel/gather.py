@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxattn.parallel import tensor
 from pallas_kernels.problem import Engine, Extras, Operands
 
 
@@ -18,7 +19,9 @@ def all_of_time(tree, axis: str):
   )
 
 
-def weight(part: jax.Array, stored: jax.P, where: jax.P) -> jax.Array:
+def weight(
+  part: jax.Array, stored: jax.P, where: jax.P, keep: str | None = None
+) -> jax.Array:
   """A weight of which devices hold parts, as `place.weight` says, whole.
 
   Backward each device gets the sum of all gradients of its own part.
@@ -28,12 +31,18 @@ def weight(part: jax.Array, stored: jax.P, where: jax.P) -> jax.Array:
     stored: where the parts lie.
     where: what is made by the weight will lie. Devices along another axis are
       to make the same, and JAX has to know that the weight is.
+    keep: an axis of the mesh along which it stays in parts.
   """
   for axis, names in enumerate(stored):
-    if names is not None:
-      names = (names,) if isinstance(names, str) else names
-      to = 'varying' if {*names} <= {*where} else 'invarying'
-      part = lax.all_gather(part, names, axis=axis, tiled=True, to=to)
+    names = (names,) if isinstance(names, str) else names or ()
+    names = [name for name in names if name != keep]
+    at = len(names)
+    while at and names[at - 1] in where:
+      at -= 1
+    # The last name counts fastest, so its parts are neighbours.
+    for some, to in ((names[at:], 'varying'), (names[:at], 'invarying')):
+      if some:
+        part = lax.all_gather(part, tuple(some), axis=axis, tiled=True, to=to)
   return part
 
 
@@ -65,21 +74,7 @@ def over(axis: str, groups: int = 1):
 
       @jax.checkpoint
       def group(i):
-        part = lambda axis: lambda x: _part(x, axis, i, groups)
-        own = lambda x: Operands(
-          tuple(map(part(0), x.heads)),
-          tuple(map(part(2), x.queries)),
-          tuple(map(part(2), x.keys)),
-        )
-        bias = extras.bias
-        return serve(
-          *map(part(2), (q, k, v)),
-          Extras(
-            tuple(map(own, extras.scores)),
-            tuple(map(own, extras.weights)),
-            None if bias is None else part(1)(bias),
-          ),
-        )
+        return serve(*tensor.heads(i, groups, q, k, v, extras))
 
       results = lax.map(group, jnp.arange(groups))
       join = lambda x: jnp.moveaxis(x, 0, 2).reshape(
@@ -90,11 +85,3 @@ def over(axis: str, groups: int = 1):
     return run
 
   return spread
-
-
-def _part(x, axis, i, groups):
-  """Of so many parts the i-th; of what all heads share, all."""
-  if x.shape[axis] == 1:
-    return x
-  size = x.shape[axis] // groups
-  return lax.dynamic_slice_in_dim(x, i * size, size, axis)

@@ -1,5 +1,6 @@
 """Where arrays live: weights over all devices (FSDP), batches over `data`."""
 
+import itertools
 import math
 
 import jax
@@ -13,19 +14,23 @@ STACKED = 'layers_'  # how models name weights that lead with the layer
 def weight(shape: tuple[int, ...], mesh, smallest: int = 2**12) -> jax.P:
   """Where a weight is stored: its longest divisible axis over all devices.
 
-  Over `data` and `seq` together, or over the larger of them that divides an
-  axis. Vectors and small matrices stay whole: splitting them saves nothing and
-  costs a gather. Stored so, weights are gathered where they are used (`whole`).
+  Over all axes of the mesh together, or over those that divide an axis and have
+  the most devices. Vectors and small matrices stay whole: splitting them saves
+  nothing and costs a gather. Stored so, weights are gathered where they are
+  used (`whole`). Parts along `model` are the largest, so that what a device
+  needs of them lies together.
   """
   if len(shape) < 2 or math.prod(shape) < smallest:
     return jax.P()
   size = lambda names: math.prod(mesh.shape[name] for name in names)
-  ways = [(meshes.DATA, meshes.SEQ), (meshes.DATA,), (meshes.SEQ,)]
+  used = [x for x in (meshes.MODEL, *meshes.AXES[:2]) if mesh.shape[x] > 1]
+  ways = (
+    x for n in range(len(used)) for x in itertools.combinations(used, n + 1)
+  )
   for names in sorted(ways, key=size, reverse=True):
     axes = [i for i, n in enumerate(shape) if n % size(names) == 0]
-    if size(names) > 1 and axes:
+    if axes:
       longest = max(axes, key=lambda i: (shape[i], i))
-      names = tuple(name for name in names if mesh.shape[name] > 1)
       return jax.P(
         *(names if i == longest else None for i in range(len(shape)))
       )

@@ -95,12 +95,14 @@ def over(ring: Ring, dense: bool = False):
       def visit(hop, block):
         seen = _with_keys(extras, block, ring.owner(hop))
         inputs = q, block.k, block.v, seen, query, block.key
-        return monoid.open(*engine.forward(wide, *inputs))
+        return engine.forward(wide, *inputs)
 
       hops = _hops(rule.mask, query, key, ring, dense)
       block = alike(Block(k, v, _of_keys(extras), key), ())
       nothing = monoid.nothing(q, v)
-      partial = _fold(ring, visit, monoid.merge, nothing, block, hops)
+      partial = _fold(
+        *(ring, visit, monoid.merge, monoid.open, nothing, block, hops)
+      )
       o, *rest = monoid.finish(partial)
       return o.astype(rule.dtype), *rest
 
@@ -130,16 +132,19 @@ def over(ring: Ring, dense: bool = False):
   return spread
 
 
-def _fold(ring, visit, merge, carry, block, hops):
-  """merge(carry, visit(hop, block)), for one's own block and those to come."""
+def _fold(ring, visit, merge, opened, carry, block, hops):
+  """The merger of all opened(*visit(hop, block)): one's own and those to come.
+
+  They are opened after `_meanwhile`, see there.
+  """
 
   def step(hop, state):
     carry, block = state
     coming, more = _meanwhile(ring.shift(block), visit(hop, block))
-    return merge(carry, more), coming
+    return merge(carry, opened(*more)), coming
 
   carry, block = lax.fori_loop(0, hops, step, (carry, block))
-  return merge(carry, visit(hops, block))
+  return merge(carry, opened(*visit(hops, block)))
 
 
 def _fold_back(ring, visit, block, hops):
@@ -151,11 +156,13 @@ def _fold_back(ring, visit, block, hops):
 
   def step(hop, state):
     stays, *moving = state
-    moved, more = _meanwhile(ring.shift(moving), visit(hop, moving[1]))
+    own, more = visit(hop, moving[1])
+    moved, more = _meanwhile(ring.shift(moving), more)
     goes, coming = moved
-    return add(stays, more[0]), add(goes, more[1]), coming
+    return add(stays, own), add(goes, more), coming
 
-  coming, (stays, goes) = _meanwhile(ring.shift(block), visit(0, block))
+  stays, goes = visit(0, block)
+  coming, goes = _meanwhile(ring.shift(block), goes)
   stays, goes, _ = lax.fori_loop(1, hops + 1, step, (stays, goes, coming))
   return stays, _home(ring, goes, hops)
 
@@ -164,7 +171,9 @@ def _meanwhile(moved, computed):
   """Both, when both are done.
 
   The compiler hides the way behind what it can do meanwhile. Without this it
-  would be content with the little that comes after the kernel.
+  would be content with the little that comes after the kernel. So what is
+  computed is best what a kernel leaves, with nothing done to it: those of TPU
+  v5p and v6e would send after the kernel, and wait for that little alone.
   """
   return lax.optimization_barrier((moved, computed))
 

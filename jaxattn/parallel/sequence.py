@@ -30,6 +30,7 @@ from jaxattn.parallel import (
   place,
   ring,
   stripe,
+  tensor,
   tree,
   ulysses,
 )
@@ -39,16 +40,17 @@ from pallas_kernels.masks import Mask
 from pallas_kernels.problem import Over
 
 
-def run(engine: Callable, *arrays, weights=(), block: int | None = None):
+def run(engine: Callable, *arrays, weights=(), block=None, split=()):
   """`engine(*arrays, *weights)` for what does not mix over time.
 
   Args:
     engine: a pure function; all it returns is 'b t ...'.
     *arrays: pytrees whose leaves are all 'b t ...' (`None` is allowed).
-    weights: pytrees that every device needs whole; best given as they are
-      stored (`place.weight`).
+    weights: pytrees that every device needs whole, best as they are stored.
     block: tokens to serve at a time, see `blockwise`, if the engine is a
       function of each token on its own; None serves all at once.
+    split: an axis of each weight, if results are sums over those axes, so that
+      devices along `model` may share them (`tensor`).
   """
   if block is not None:
     serve, count = engine, len(arrays)
@@ -62,7 +64,7 @@ def run(engine: Callable, *arrays, weights=(), block: int | None = None):
   # A context is spread as well, where its own length divides.
   own = lambda x: place.tokens(*x.shape[:2], mesh) if len(where) > 1 else where
   specs = tuple(jax.tree.map(own, arrays))
-  return _mapped(engine, arrays, weights, where, specs)
+  return _mapped(engine, arrays, weights, where, specs, split)
 
 
 def rows(engine: Callable, *arrays, weights=()):
@@ -126,19 +128,24 @@ def stream(engine: Callable, *inputs, weights=()):
   return jax.tree.map(lambda x: x[:, :t], place.put(o, lead)), None
 
 
-def _mapped(engine, arrays, weights, where, specs=None):
+def _mapped(engine, arrays, weights, where, specs=None, split=()):
   """With results laid `where`; and arrays too, or each by its specs.
 
-  Weights come as they are stored, in parts, and are gathered inside: so their
-  gradients are summed and divided in one go, and never held whole.
+  Weights come in parts, as they are stored, and are gathered inside: so their
+  gradients are summed and divided in one go.
   """
   mesh = meshes.current()
   specs = specs or tuple(jax.tree.map(lambda _: where, arrays))
   stored = tuple(jax.tree.map(lambda w: place.weight(w.shape, mesh), weights))
 
+  inside = lambda spec, axis: bool(spec) and meshes.MODEL in (spec[axis] or '')
+  keep = None
+  if split and all(map(inside, stored, split)):
+    engine, keep = tensor.total(engine, meshes.MODEL), meshes.MODEL
+
   def on_one(*inputs):
     arrays, parts = inputs[: len(specs)], inputs[len(specs) :]
-    whole = lambda part, spec: gather.weight(part, spec, results[0])
+    whole = lambda part, spec: gather.weight(part, spec, results[0], keep)
     return engine(*arrays, *jax.tree.map(whole, parts, stored))
 
   results = jax.tree.leaves(where)
@@ -363,9 +370,8 @@ def layout(
   """How the tokens of a model lie over devices; one of `stripe.LAYOUTS`.
 
   If every layer takes tokens in any order, and none reads what is near alone,
-  they lie so that all devices have the same work: zigzag, or striped where the
-  length does not divide so far. Both do in every hop of a ring, but tiles of a
-  zigzag are seen whole, and striped ones by half (docs/benchmarks/balance.md).
+  they lie so that all devices have the same work: zigzag, which computes fewer
+  tiles, or striped where the length does not divide so far.
 
   Args:
     specs: the `Spec` of each mechanism of the model, by name.
@@ -373,8 +379,7 @@ def layout(
     asked: a layout by name; None to have one chosen.
 
   Raises:
-    ValueError: no such layout, or one that a mechanism or the length cannot
-      have.
+    ValueError: no such layout, or not for such a mechanism or length.
   """
   if asked not in (None, *stripe.LAYOUTS):
     raise ValueError(
@@ -451,16 +456,18 @@ def attention(
     NotImplementedError: the strategy asked for cannot serve the call.
   """
   dense = query_order is None and key_order is None and query_segments is None
-  over = None
+  over, devices = None, tensor.size(meshes.MODEL)
+  shared = devices if k.shape[2] % devices == 0 else 1
   if parts(k) > 1:
-    sizes = parts(k), *q.shape[1:], *k.shape[1:3], v.shape[3], q.dtype.itemsize
-    call = Call(*sizes, mask.reach(), dense)
+    (t, h, d), (s, heads) = q.shape[1:], k.shape[1:3]
+    sizes = t, h // shared, d, s, heads // shared, v.shape[3]
+    call = Call(parts(k), *sizes, q.dtype.itemsize, mask.reach(), dense)
     # Keys alone are in parts where they are those of a memory.
     over = (choose(call, strategy) if parts(q) > 1 else remember(call)).over
-  if dropout is not None:
-    if dropout.batch is None:
-      dropout = _numbered(dropout, len(q), q)
-    rule['dropout'] = dropout
+  if shared > 1:
+    over = tensor.over(meshes.MODEL, shared, over)
+  if dropout is not None and dropout.batch is None:
+    dropout = _numbered(dropout, len(q), q)
   query_order = _order(query_order, q)
   key_order = _order(key_order, k)
   return engine(
@@ -473,21 +480,21 @@ def attention(
     query_segments=query_segments,
     key_segments=key_segments,
     over=over,
+    **({} if dropout is None else {'dropout': dropout}),
     **rule,
   )
 
 
 def _numbered(dropout: Dropout, rows: int, x) -> Dropout:
   """With the numbers of this device's rows."""
-  number = jnp.arange(rows)
+  at = 0
   if meshes.DATA in jax.typeof(x).manual_axis_type.varying:
-    number += lax.axis_index(meshes.DATA) * rows
-  return dataclasses.replace(dropout, batch=number)
+    at = lax.axis_index(meshes.DATA) * rows
+  return dataclasses.replace(dropout, batch=at + jnp.arange(rows))
 
 
 def _order(order, x):
   """Given, or where tokens stand if they lie in order over the devices."""
   if order is not None or parts(x) == 1:
     return order
-  t = x.shape[1]
-  return lax.axis_index(meshes.SEQ) * t + jnp.arange(t)
+  return lax.axis_index(meshes.SEQ) * x.shape[1] + jnp.arange(x.shape[1])
