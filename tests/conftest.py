@@ -10,6 +10,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxattn import registry
 from pallas_kernels import chips
@@ -73,11 +74,19 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def compiler():
-  """For tests with the mark `aot`: with JAXATTN_AOT=1 a skip is a failure."""
+  """For tests with the mark `aot`: with JAXATTN_AOT=1 a skip is a failure.
+
+  What they compile no cache keeps: without the chips it could not be read.
+  """
   if why := chips.missing():
     if os.environ.get('JAXATTN_AOT') == '1':
       pytest.fail(why)
     pytest.skip(why)
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # it asks once whether it is wanted
+  yield
+  jax.config.update('jax_enable_compilation_cache', True)
+  compilation_cache.reset_cache()
 
 
 @pytest.hookimpl(optionalhook=True)
