@@ -20,8 +20,9 @@ After the colon stands, in any order and divided by commas:
   size=small|3b|7b|13b|30b
               `small` reads bytes of Python's own library, 1,024 at a time; the
               others have the shapes of LLaMA (Touvron et al. 2023,
-              https://arxiv.org/abs/2302.13971), with one table for embedding
-              and logits, and length 1,048,576
+              https://arxiv.org/abs/2302.13971; 3b that of Llama 3.2), with a
+              key head for each query head, one table for embedding and logits,
+              and length 1,048,576
   quick       twenty steps of a tiny model, as a trial
 """
 
@@ -43,7 +44,7 @@ WAYS = {
 SIZES = {
   'quick': (64, 4, 8, 128),
   'small': (128, 4, 8, 352),
-  '3b': (3200, 26, 32, 8640),
+  '3b': (3072, 28, 24, 8192),
   '7b': (4096, 32, 32, 11008),
   '13b': (5120, 40, 40, 13824),
   '30b': (6656, 60, 52, 17920),

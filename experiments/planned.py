@@ -313,6 +313,13 @@ def _advice(config, made: Plan, shapes, mesh) -> tuple[str, ...]:
     found.append(
       "--config.policy.dtype=bfloat16: half of the activations' bytes"
     )
+  even = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+  even //= made.devices
+  if state > 2 * even + 2**26:
+    found.append(
+      f'--config.model.width and hidden: multiples of {made.devices}, so that'
+      f' weights divide among the devices; {amount(even)} of each would do'
+    )
   if state > made.room // 2:
     found.append(
       f'more devices: parameters and optimiser alone take {amount(state)} of'

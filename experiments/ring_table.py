@@ -58,8 +58,9 @@ attention has 8 and plain attention 2.
 
 TPUv3-512 and TPUv4-1024 count cores, of which a chip has two. On v3 a core is
 a device; a v4 chip is one device, so there are 512 of them. Models have the
-shapes of LLaMA, but one table for embedding and logits, and so 0.1e9 to 0.2e9
-parameters less; they stand for what the paper calls 3B, 7B, 13B and 30B. On v3
+shapes of LLaMA (3B that of Llama 3.2, whose sides divide by 512), but one table
+for embedding and logits, and so 0.1e9 to 0.2e9 parameters less; they stand for
+what the paper calls 3B, 7B, 13B and 30B. On v3
 the attention is compiled by XLA alone, for the kernels are for v4 and later.
 """
 

@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
       console.print('Stopped. The same command carries on from here.')
       sys.exit(130)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, NotImplementedError, FloatingPointError) as error:
       sys.exit(f'error: {error}')
     if first():
       report(result, config, workdir, console)
