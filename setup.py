@@ -36,8 +36,12 @@ setup(
       'ruff>=0.12',
       *REPORT,
     ],
-    # To compile for chips that are not there: libtpu as each jax asks for it.
-    'aot': ['jax[tpu]>=0.10.2,<0.13'],
+    # To compile for chips that are not there: libtpu and the plugin for CUDA as
+    # each jax asks for them, and ptxas; none of the gigabytes that a GPU wants.
+    'aot': [
+      'jax[tpu,cuda13-local]>=0.10.2,<0.13',
+      'nvidia-cuda-nvcc>=13,<14',
+    ],
     'cuda': ['jax[cuda13]>=0.10.2,<0.13'],
     'tpu': ['jax[tpu]>=0.10.2,<0.13'],
   },

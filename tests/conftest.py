@@ -73,12 +73,13 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def compiler():
+def compiler(request):
   """For tests with the mark `aot`: with JAXATTN_AOT=1 a skip is a failure.
 
+  It is that for TPUs, or for the chip that the fixture is parametrized with.
   What they compile no cache keeps: without the chips it could not be read.
   """
-  if why := chips.missing():
+  if why := chips.missing(getattr(request, 'param', 'v5e')):
     if os.environ.get('JAXATTN_AOT') == '1':
       pytest.fail(why)
     pytest.skip(why)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from jaxattn.analysis import traffic
 from jaxattn.parallel import ring, sequence
 from pallas_kernels import chips, flash
 from pallas_kernels.blocks import Blocks
@@ -138,6 +139,31 @@ def test_what_is_sent_is_hidden(chip):
     'flash_forward': [True] * 2,
     'flash_backward': [True] * 4,
   }
+
+
+# ------------------------------------------------------------------------- GPUs
+
+
+@pytest.mark.parametrize('compiler', ['h200'], indirect=True)
+def test_eight_gpus():
+  """Both laws. What is sent at the end, the gradients home, nothing hides."""
+
+  def attend(q, k, v):
+    return sequence.attention(
+      *(q, k, v), mask=Causal(), strategy='ring', implementation='xla'
+    )
+
+  two, four, eight = (
+    lowered(f'h200:{n}', attend=attend).compile() for n in (2, 4, 8)
+  )
+  assert not grows(four, eight)
+  assert temporaries(two) <= temporaries(four)  # no room for a second hop
+  assert temporaries(eight) < 5 * ARRAYS
+  found = traffic.exchanges(eight.as_text())
+  hops = [x for x in found if x.times == 7]
+  # Keys and values forward and backward; their gradients, in float32.
+  assert traffic.total(hops) >= 7 * T * D * (2 * 2 + 2 * 2 + 2 * 4)
+  assert all(x.hidden for x in hops)
 
 
 # ------------------------------------------------------------------ wrong rings

@@ -119,6 +119,38 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
+# As a compiler for GPUs writes it, and one for TPUs: several arrays at once.
+JOINED = """HloModule test
+
+%body (p: (f32[8], s32[4])) -> (f32[8], s32[4]) {
+  %p = (f32[8]{0}, s32[4]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p), index=0
+  %y = s32[4]{0} get-tuple-element(%p), index=1
+  %send = ((f32[8]{0}, s32[4]{0}), (f32[8]{0}, s32[4]{0})) collective-permute-start(%x, %y)
+  %come = (f32[8]{0}, s32[4]{0}) collective-permute-done(%send)
+  %one = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)
+  %there = f32[8]{0} collective-permute-done(%one)
+  ROOT %t = (f32[8]{0}, s32[4]{0}) tuple(%there, %y)
+}
+
+%condition (p: (f32[8], s32[4])) -> pred[] {
+  %p = (f32[8]{0}, s32[4]{0}) parameter(0)
+  ROOT %lt = pred[] fusion(%p), kind=kLoop, calls=%compare
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = (f32[8]{0}, s32[4]{0}) parameter(0)
+  %loop = (f32[8]{0}, s32[4]{0}) while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  ROOT %o = f32[8]{0} get-tuple-element(%loop), index=0
+}
+"""  # noqa: E501
+
+
+def test_several_arrays_at_once():
+  found = traffic.exchanges(JOINED)
+  assert [(x.sent, x.times) for x in found] == [(48, 7), (32, 7)]
+
+
 def test_what_is_hidden():
   found = traffic.exchanges(TEXT)
   assert [(x.sent, x.times, x.hidden) for x in found] == [

@@ -117,11 +117,10 @@ class _Program:
     n = _group(line.rest)
     size = _bytes(line.shape)
     if line.op.endswith('-start') and line.shape.startswith('('):
-      # What goes in and what comes out stand side by side.
-      parts = _parts(line.shape)
+      # What goes in and what comes out stand side by side; then, of a permute,
+      # what the chip keeps of it.
+      parts = [x for x in _parts(line.shape) if x != 'u32[]']
       size = sum(map(_bytes, parts[len(parts) // 2 :])) or size
-      if kind == 'collective-permute' or len(parts) == 2:
-        size = _bytes(parts[1])
     source = re.search(r'op_name="([^"]*)"', line.rest)
     return Exchange(
       kind,
@@ -153,6 +152,8 @@ class _Program:
 
   def trips(self, lines, loop, condition) -> int:
     """How often a loop is run that counts up to a constant."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
+      return int(known[1])
     names = {line.name: line for line in self.lines[condition]}
     test = self.lines[condition][-1]
     if test.op == 'fusion':
