@@ -57,10 +57,10 @@ def page(out: Path) -> list[str]:
     ' device with the most tiles; "at most" is the speed-up of a ring in which'
     ' all devices had the same number of those tiles that the contiguous layout'
     ' computes.',
-    'A striped tile is never seen wholly and always computed, so there are more'
-    ' of them. In a zigzag tiles are seen wholly or not at all, but for those on'
-    ' the diagonal: the shorter the sequence, the more that is worth. It is what'
-    ' is chosen where nothing forbids it.',
+    'A striped tile is never seen wholly and always computed, so there are'
+    ' more of them. In a zigzag tiles are seen wholly or not at all, but for'
+    ' those on the diagonal: the shorter the sequence, the more that is worth.'
+    ' It is what is chosen where nothing forbids it.',
     '![Speed-up over the contiguous layout by length, and tiles of each device'
     ' in each hop](balance.png)',
     markdown(head, rows),

@@ -60,24 +60,27 @@ def way(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def longest(
   config: dict[str, Any], devices: Sequence[Any], length: int, clock: Clock
-) -> tuple[Plan, Plan | None]:
-  """The longest row that fits, and the shortest seen that does not.
+) -> tuple[Plan, Plan | None, dict[int, Plan]]:
+  """The longest row that fits, the shortest seen that does not, and all seen.
 
   Lengths are doubled or halved from `length` on until one fits and the next
   does not. Then the octave between is divided into STEPS and searched, where
   the bytes that both need let expect the answer.
   """
 
+  all_seen = {}
+
   def seen(length):
     clock.say(f'{length:,} tokens')
-    return plan(config, devices, length)
+    all_seen[length] = plan(config, devices, length)
+    return all_seen[length]
 
   here = seen(length)
   fits, fails = (here, None) if here.fits else (None, here)
   while fits is None or fails is None:
     length = length * 2 if here.fits else length // 2
     if length < len(devices):
-      return here, None
+      return here, None, all_seen
     here = seen(length)
     fits, fails = (here, fails) if here.fits else (fits, here)
   step = max(fits.length // STEPS, 1)
@@ -87,7 +90,7 @@ def longest(
     ahead = min(max(int(share * between), 1), between - 1)
     here = seen(fits.length + ahead * step)
     fits, fails = (here, fails) if here.fits else (fits, here)
-  return fits, fails
+  return fits, fails, all_seen
 
 
 def report(found: Plan, console: Console) -> None:
@@ -168,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
         title = f'{name + ": " if name else ""}compiles for {len(devices)} x'
         clock.start(f'{title} {devices[0].device_kind}')
         if options.longest:
-          plans[name], _ = longest(asked, devices, length, clock)
+          plans[name], *_ = longest(asked, devices, length, clock)
         else:
           plans[name] = plan(asked, devices, length)
   except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from rich.console import Console
 from configs import long_context
 from experiments import machine
 from experiments.plan import STEPS, longest, way
-from experiments.planned import Plan, plan
+from experiments.planned import Plan
 from experiments.screen import Clock
 from jaxattn.analysis.table import markdown
 from jaxattn.train import log
@@ -72,11 +72,8 @@ def found(topology: str, size: str, name: str, asked: int, clock) -> dict:
     config = way(config, name)
   devices = chips.devices(topology)
   clock.start(f'{size} on {topology}, {name}:')
-  fits, fails = longest(config, devices, asked, clock)
-  at = fits if fits.length == asked else None
-  if at is None and fits.fits and fits.length > asked:
-    clock.say(f'{asked:,} tokens, for its memory')
-    at = plan(config, devices, asked)
+  fits, fails, seen = longest(config, devices, asked, clock)
+  at = seen[asked] if seen[asked].fits else None
   keep = lambda x: x and _kept(x)
   return {'asked': keep(at), 'fits': keep(fits), 'fails': keep(fails)}
 

@@ -53,7 +53,8 @@ def searched(monkeypatch, start, needs):
     return dataclasses.replace(BLANK, length=length, needs=int(needs(length)))
 
   monkeypatch.setattr(program, 'plan', fake)
-  fits, fails = program.longest({}, [None] * 4, start, Clock(console()))
+  fits, fails, found = program.longest({}, [None] * 4, start, Clock(console()))
+  assert list(found) == seen
   return fits, fails, seen
 
 
