@@ -166,6 +166,16 @@ def test_eight_gpus():
   assert all(x.hidden for x in hops)
 
 
+@pytest.mark.parametrize('compiler', ['h200'], indirect=True)
+def test_what_cannot_be_compiled_for_is_said(monkeypatch):
+  for wrong in ('h200:0', 'h200:2x4'):
+    with pytest.raises(ValueError, match="so many of one machine, as 'h200:8'"):
+      chips.devices(wrong)
+  monkeypatch.setattr(chips, '_ptxas', lambda: False)
+  with pytest.raises(ModuleNotFoundError, match='there is no ptxas'):
+    chips.devices('h200:3')
+
+
 # ------------------------------------------------------------------ wrong rings
 
 
