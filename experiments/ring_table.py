@@ -140,8 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   kept = {record.pop('name'): record for record in log.read(path)}
   with Clock(console) as clock:
-    for _, topology, size, _, ring in ROWS:
-      for name, asked in (('ring', ring * K), ('blockwise', 16 * K)):
+    for name in ('ring', 'blockwise'):
+      for _, topology, size, _, ring in ROWS:
+        asked = ring * K if name == 'ring' else 16 * K
         key = f'{topology} {size} {name}'
         if key in kept or (options.only and options.only not in key):
           continue
