@@ -16,15 +16,19 @@ what is sent and hidden is read from the program that would run. A 7B model for
                  --compare=ring,striped,ulysses,hybrid,gather,blockwise
 
 Topologies: v3:4x4 to 16x16, v4:2x2x1 to 8x8x8, v5e:2x2 to 16x16, v5p:2x2x1 to
-8x8x16, v6e:2x2 to 16x16, tpu7x:2x2x1 to 4x4x4. A v3 or tpu7x chip has two
-devices, any other has one.
+8x8x16, v6e:2x2 to 16x16, tpu7x:2x2x1 to 4x4x4; h200:2, 4 or 8. A v3 or tpu7x
+chip has two devices, any other has one.
 
 The exit status is 1 if it does not fit, or something was wrong.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+# What is here does not matter, and a plugin that looks for its chips complains.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -158,6 +162,11 @@ def main(argv: Sequence[str]) -> None:
   options = flags.FLAGS
   config = options.config.to_dict()
   try:
+    if 'task' not in config or 'model' not in config:
+      raise ValueError(
+        'this configuration is not of one run: it needs `task` and `model`, as'
+        ' configs/lm.py and configs/long_context.py have them'
+      )
     devices = chips.devices(options.topology)
     length = options.length or config['task'].get('length')
     if not length:

@@ -16,8 +16,11 @@ same command goes on from there. Writes docs/benchmarks/ring_attention.md.
 import argparse
 import datetime
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # see experiments.plan
 
 from rich.console import Console
 

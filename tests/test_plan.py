@@ -183,6 +183,8 @@ class TestCompiled:
     assert found.returncode == 1
     assert 'error: --compare=rign is none of' in found.stderr
     assert 'Traceback' not in found.stderr
+    found = ran('--config=configs/quickstart.py:quick')
+    assert 'error: this configuration is not of one run' in found.stderr
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
