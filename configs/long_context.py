@@ -106,7 +106,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
         'name': 'adamw',
         'schedule': {
           'name': 'warmup_cosine',
-          'peak': 1e-3,
+          'peak': 5e-4 if size == 'quick' else 1e-3,
           'warmup': 0.5 if size == 'quick' else 0.05,
         },
         'weight_decay': 0.1,
