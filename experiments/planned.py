@@ -259,8 +259,8 @@ def _found(compiled, shapes: step.TrainState, mesh, rounds) -> dict[str, Any]:
   }
 
 
-# Of each kind of device. Compilers for GPUs let any program pass: it is what JAX
-# takes of their memory unless told otherwise, three quarters.
+# Of each kind of device. A compiler for GPUs lets any program pass: it is what
+# JAX takes of their memory unless told otherwise, three quarters.
 ROOM = {'NVIDIA H200': 150_754_820_096 * 3 // 4}
 
 

@@ -476,7 +476,7 @@ def test_all_end_with_the_launcher(tmp_path, name):
   ) as launcher:
     waits(lambda: not any(map(free, locks)))
     launcher.send_signal(signal.Signals[name])
-    said, _ = launcher.communicate(timeout=20)
+    said, _ = launcher.communicate(timeout=60)
   waits(lambda: all(map(free, locks)))
   if name != 'SIGKILL':
     assert launcher.returncode == 130
