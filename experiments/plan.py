@@ -69,10 +69,11 @@ def longest(
 
   Lengths are doubled or halved from `length` on until one fits and the next
   does not. Then the octave between is divided into STEPS and searched, where
-  the bytes that both need let expect the answer.
+  the bytes that both need let expect the answer. All are multiples of the
+  number of devices, so that time divides.
   """
-
-  all_seen = {}
+  all_seen, unit = {}, len(devices)
+  length = max(length // unit, 1) * unit
 
   def seen(length):
     clock.say(f'{length:,} tokens')
@@ -82,15 +83,14 @@ def longest(
   here = seen(length)
   fits, fails = (here, None) if here.fits else (None, here)
   while fits is None or fails is None:
-    length = length * 2 if here.fits else length // 2
-    if length < len(devices):
+    length = length * 2 if here.fits else length // 2 // unit * unit
+    if not length:
       return here, None, all_seen
     here = seen(length)
     fits, fails = (here, fails) if here.fits else (fits, here)
-  step = max(fits.length // STEPS, 1)
-  while fails.length - fits.length > step:
+  step = max(fits.length // STEPS // unit, 1) * unit
+  while (between := (fails.length - fits.length) // step) > 1:
     share = (fits.room - fits.needs) / (fails.needs - fits.needs)
-    between = (fails.length - fits.length) // step
     ahead = min(max(int(share * between), 1), between - 1)
     here = seen(fits.length + ahead * step)
     fits, fails = (here, fails) if here.fits else (fits, here)

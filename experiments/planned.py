@@ -302,6 +302,12 @@ def _advice(config, made: Plan, shapes, mesh) -> tuple[str, ...]:
       '--config.model.block=2048: feed-forward and loss of so many tokens at a'
       ' time'
     )
+  if made.length % mesh.shape[meshes.SEQ]:
+    parts = mesh.shape[meshes.SEQ]
+    found.append(
+      f'--length={made.length // parts * parts}: a multiple of {parts}, so that'
+      ' time divides; else each device embeds all of it'
+    )
   if mesh.shape[meshes.SEQ] == 1 and made.devices > 1:
     found.append('--config.mesh.seq=-1: a row is spread over the devices')
   if any(text.startswith('gather') for text in made.strategies):

@@ -69,6 +69,15 @@ def test_the_longest_that_fits(monkeypatch, start, most):
   assert len(seen) <= 13
 
 
+@pytest.mark.parametrize('start', [1, 999, 123_457])
+def test_lengths_divide_among_the_devices(monkeypatch, start):
+  line = lambda length: 2 * GIB + 14 * GIB * length / 20_000
+  fits, fails, seen = searched(monkeypatch, start, line)
+  assert fits.length <= 20_000 < fails.length
+  assert fails.length - fits.length < 2 * fits.length / program.STEPS
+  assert all(length % 4 == 0 for length in seen)
+
+
 def test_needs_that_are_no_line_are_found_all_the_same(monkeypatch):
   curve = lambda length: GIB + 15 * GIB * (length / 20_000) ** 3
   fits, fails, _ = searched(monkeypatch, 2**12, curve)
