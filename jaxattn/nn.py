@@ -14,8 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxattn.packing import Packing
 from jaxattn.parallel import place, sequence
 from jaxattn.typing import Array, Float, Initializer, Int, PyTree, Stream
+from pallas_kernels.dropout import kept
 
 # LeCun's rule: outputs have the variance of the inputs.
 lecun = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
@@ -183,18 +185,33 @@ class Norm(nn.Module):
 
 
 class Dropout(nn.Module):
-  """Drops activations at the policy's rate, and scales up what stays."""
+  """Drops activations at the policy's rate, and scales up what stays.
+
+  Which ones is a function of row, document, order and channel: it is the same
+  wherever tokens lie, in a row and over devices.
+  """
 
   policy: Policy = Policy()
 
   @nn.compact
-  def __call__(self, x: Array, deterministic: bool) -> Array:
+  def __call__(
+    self, x: Stream, packing: Packing | None, deterministic: bool
+  ) -> Stream:
     rate = self.policy.dropout
     if deterministic or rate == 0:
       return x
-    # Random bits are a function of the global index, whatever the mesh.
-    keep = jax.random.bernoulli(self.make_rng('dropout'), 1 - rate, x.shape)
-    return jnp.where(place.like(keep, x), x / (1 - rate), 0)
+
+    def engine(x, numbers, seed):
+      numbers = (n[..., None] for n in numbers)
+      keep = kept(rate, seed, *numbers, jnp.arange(x.shape[-1]))
+      return jnp.where(keep, x / (1 - rate), 0)
+
+    rows, length, _ = x.shape
+    packing = packing or Packing.dense(rows, length)
+    row = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, length))
+    numbers = row, packing.segments, packing.order
+    seed = jax.random.bits(self.make_rng('dropout'))
+    return sequence.run(engine, x, numbers, weights=(seed,))
 
 
 class ShortConv(nn.Module):

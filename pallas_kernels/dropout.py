@@ -66,6 +66,18 @@ class Keep:
     return jnp.where(kept, p / (1 - self.rate), 0)
 
 
+def kept(rate: float, seed: jax.Array | int, *numbers: jax.Array) -> jax.Array:
+  """Whether something stays, by numbers that tell it from all others.
+
+  Args:
+    rate: the share that is dropped, in [0, 1): a Python number.
+    seed: as of `Dropout`.
+    *numbers: integers of shapes that broadcast.
+  """
+  hashed = functools.reduce(_then, numbers, _mix(_seed(seed)))
+  return (hashed >> 8) >= round(rate * 2**24)
+
+
 def _seed(seed):
   if isinstance(seed, int):
     return jnp.uint32(seed % 2**32)

@@ -35,7 +35,12 @@ MAY_IMPORT = {
   'jaxattn.packing': {'jaxattn.typing'},
   'jaxattn.state': {'jaxattn.typing', 'jaxattn.packing'},
   'jaxattn.parallel': {'jaxattn.typing', 'jaxattn.core', 'pallas_kernels'},
-  'jaxattn.nn': {'jaxattn.typing', 'jaxattn.parallel'},
+  'jaxattn.nn': {
+    'jaxattn.typing',
+    'jaxattn.packing',
+    'jaxattn.parallel',
+    'pallas_kernels',
+  },
   'jaxattn.position': {
     'jaxattn.typing',
     'jaxattn.core',

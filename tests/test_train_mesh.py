@@ -51,12 +51,13 @@ class Uneven(MQAR):
     return dataclasses.replace(batch, weights=batch.weights * scale)
 
 
-def over(mesh, mixer, workdir=None):
+def over(mesh, mixer, workdir=None, dropout=0.0):
   """Five steps on a mesh: losses, scores, and where weights lie.
 
   With a workdir the state goes to disk and back before the last step.
   """
   config = build.complete(CONFIG)
+  config['policy'] |= {'dropout': dropout}
   config['model'] |= {'mixer': mixer, 'depth': max(2, len(mixer.split()))}
   task, model = build.build(config)
   task = Uneven(**dataclasses.asdict(task))
@@ -115,6 +116,10 @@ def main(workdir):
     'one': over(one, EVERY),
     'time': over(meshes.make(seq=4), EVERY),
     'model': over(meshes.make(seq=2, model=2), EVERY),
+  }
+  found['dropout'] = {
+    'one': over(one, 'multi_head', dropout=0.3),
+    'time': over(meshes.make(seq=4), 'multi_head', dropout=0.3),
   }
   for mode in ('explicit', 'auto'):
     mesh = meshes.make(seq=2, model=2, axis_types=mode)
@@ -178,6 +183,14 @@ def test_every_mechanism_trains_with_time_over_devices(found, mesh):
   np.testing.assert_allclose(time['losses'][:2], one['losses'][:2], rtol=1e-5)
   np.testing.assert_allclose(time['losses'], one['losses'], rtol=1e-2)
   assert time['compiled'] == 1
+
+
+def test_what_is_dropped_does_not_depend_on_the_layout(found):
+  one, time = found['dropout']['one'], found['dropout']['time']
+  assert time['layout'] == 'zigzag'
+  np.testing.assert_allclose(time['losses'], one['losses'], rtol=1e-5)
+  whole = found['multi_head']['one']['losses']
+  assert not np.allclose(one['losses'], whole, rtol=1e-3)
 
 
 def test_work_is_even_where_every_layer_takes_it(found):

@@ -110,8 +110,12 @@ def watched(
   timeout: float,
   env: Mapping[str, str] = os.environ,
 ) -> int:
-  """`run` for the command line: to be terminated is to be interrupted."""
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  """`run` for the command line: to be terminated is to be interrupted.
+
+  Started in the background by a shell, it would ignore an interrupt.
+  """
+  for kind in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(kind, signal.default_int_handler)
   try:
     return run(commands, logs, timeout, env)
   except KeyboardInterrupt:

@@ -101,13 +101,13 @@ class Block(nn.Module):
       return_state=return_state,
       deterministic=deterministic,
     )
-    x = x + drop(y, deterministic)
+    x = x + drop(y, packing, deterministic)
     if self.hidden:
       feed_forward = FeedForward(
         self.hidden, self.policy, self.block, name='feed_forward'
       )
       y = feed_forward(norm('feed_forward_norm')(x))
-      x = x + drop(y, deterministic)
+      x = x + drop(y, packing, deterministic)
     return x, state
 
 
