@@ -96,16 +96,15 @@ def page(kept: dict[str, dict]) -> list[str]:
     alone = kept.get(f'{topology} {size} blockwise')
     if not both:
       continue
+    most = both['fits']
     at = both['asked']
-    most = both['fits'] or at  # or the search was not made
-    least = '' if both['fits'] else 'at least '
     rows.append(
       [
         *(chip, f'{topology}, {most["devices"]} devices', size.upper()),
         f'{most["parameters"] / 1e9:.1f}',
         f'{ring:,}',
         f'{gib(at["needs"])} of {gib(at["room"])}' if at else 'does not fit',
-        f'{least}**{thousands(most["length"])}**' if most['fits'] else 'none',
+        f'**{thousands(most["length"])}**' if most['fits'] else 'none',
         f'{most["length"] / K / ring:.2f}' if most['fits'] else '-',
         thousands(alone['fits']['length'])
         if alone and alone['fits']['fits']
