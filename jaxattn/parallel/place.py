@@ -150,8 +150,3 @@ def _pin(x, spec):
 def whole(w: jax.Array) -> jax.Array:
   """A weight as its user needs it, gathered where it was stored in parts."""
   return put(w, jax.P())
-
-
-def like(x: jax.Array, other: jax.Array) -> jax.Array:
-  """Places `x` as `other` is placed."""
-  return put(x, jax.typeof(other).sharding.spec)
