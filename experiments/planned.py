@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn import registry
 from jaxattn.analysis import traffic
 from jaxattn.models import pattern
 from jaxattn.packing import Packing
@@ -120,11 +119,7 @@ def plan(
   mesh = meshes.make(**config['mesh'], devices=devices)
   chosen = _Chosen()
   with jax.set_mesh(mesh), chosen:
-    specs = {name: registry.spec(name) for name in model.layers()}
-    layout = sequence.layout(specs, length, config['layout'])
-    feed = step.Feed(
-      _Length(task, length), config['batch'], config['accumulate'], mesh, layout
-    )
+    feed = step.Feed.of(config, _Length(task, length), model, mesh)
     update, rate = optimizer.make(config['steps'], **config['optimizer'])
     programs = step.programs(model, feed, update, rate)
     began = time.perf_counter()
@@ -148,7 +143,7 @@ def plan(
     mesh=sizes,
     parameters=sum(w.size for w in weights),
     pattern=', '.join(counts),
-    layout=layout,
+    layout=feed.layout,
     strategies=tuple(map(str, chosen.strategies)),
     advice=(),
     seconds=time.perf_counter() - began,

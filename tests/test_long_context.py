@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 from configs import long_context
-from jaxattn import registry
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import sequence
 from jaxattn.train import build, optimizer, step
 from tests import devices
 
@@ -29,9 +27,7 @@ def losses(way, mesh, **options):
   task, model = build.build(config)
   update, rate = optimizer.make(config['steps'], **config['optimizer'])
   with jax.set_mesh(mesh):
-    specs = {name: registry.spec(name) for name in model.layers()}
-    layout = sequence.layout(specs, task.length, config['layout'])
-    feed = step.Feed(task, config['batch'], config['accumulate'], mesh, layout)
+    feed = step.Feed.of(config, task, model, mesh)
     made = step.programs(model, feed, update, rate)
     state, found = made.init(), []
     for i in range(STEPS):
@@ -39,7 +35,7 @@ def losses(way, mesh, **options):
       found.append(float(metrics['loss'][0] / metrics['loss'][1]))
   return {
     'losses': found,
-    'layout': layout,
+    'layout': feed.layout,
     'compiled': made.train._cache_size(),
   }
 

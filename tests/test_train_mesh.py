@@ -17,7 +17,6 @@ import pytest
 from jaxattn import registry
 from jaxattn.models.lm import LM
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import sequence
 from jaxattn.tasks.mqar import MQAR
 from jaxattn.train import build, checkpoint, optimizer, step
 from tests import devices
@@ -64,9 +63,7 @@ def over(mesh, mixer, workdir=None, dropout=0.0):
   update, rate = optimizer.make(STEPS, **config['optimizer'])
   losses = []
   with jax.set_mesh(mesh):
-    specs = {name: registry.spec(name) for name in model.layers()}
-    layout = sequence.layout(specs, task.length)
-    feed = step.Feed(task, config['batch'], config['accumulate'], mesh, layout)
+    feed = step.Feed.of(config, task, model, mesh)
     made = step.programs(model, feed, update, rate, seed=1)
     state = made.init()
     for i in range(STEPS):
@@ -83,7 +80,7 @@ def over(mesh, mixer, workdir=None, dropout=0.0):
     share = lambda w: w.addressable_shards[0].data.size / w.size
     return {
       'losses': losses,
-      'layout': layout,
+      'layout': feed.layout,
       'grad_norm': float(metrics['grad_norm']),
       'scores': {k: [float(x) for x in pair] for k, pair in pairs.items()},
       'compiled': made.train._cache_size(),

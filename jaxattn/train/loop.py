@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 
-from jaxattn import registry
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import processes, sequence
+from jaxattn.parallel import processes
 from jaxattn.train import build, checkpoint, log, optimizer, step
 
 # How many steps the host may be ahead of the devices: enough to hide its own
@@ -63,10 +62,7 @@ def fit(
   config = build.complete(config)
   task, model = build.build(config)
   mesh = meshes.make(**config['mesh'])
-  specs = {name: registry.spec(name) for name in model.layers()}
-  with jax.set_mesh(mesh):
-    layout = sequence.layout(specs, task.length, config['layout'])
-  feed = step.Feed(task, config['batch'], config['accumulate'], mesh, layout)
+  feed = step.Feed.of(config, task, model, mesh)
   update, rate = optimizer.make(config['steps'], **config['optimizer'])
   workdir = Path(workdir)
   notes = checkpoint.claim(workdir, config, task)

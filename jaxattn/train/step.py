@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxattn import registry
 from jaxattn.packing import Packing
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import place, stripe
+from jaxattn.parallel import place, sequence, stripe
 from jaxattn.tasks.batch import Batch, weighed
 from jaxattn.train import build
 from jaxattn.typing import Array, PyTree
@@ -109,6 +110,14 @@ class Feed:
         f'{self.accumulate} slices over data={parts} devices; a multiple of '
         f'{self.accumulate * parts} would'
       )
+
+  @classmethod
+  def of(cls, config, task, model, mesh) -> 'Feed':
+    """That of a complete configuration; its layout is asked for, or chosen."""
+    specs = {name: registry.spec(name) for name in model.layers()}
+    with jax.set_mesh(mesh):
+      layout = sequence.layout(specs, task.length, config['layout'])
+    return cls(task, config['batch'], config['accumulate'], mesh, layout)
 
   @property
   def rows(self) -> int:
