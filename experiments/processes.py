@@ -70,10 +70,6 @@ def connected(values: flags.FlagValues = flags.FLAGS) -> Iterator[None]:
     heartbeat_timeout_seconds=values.timeout,
     shutdown_timeout_seconds=values.timeout,
   )
-  if jax.default_backend() == 'cpu':
-    # In CPU programs that come from there, collectives may overtake each other,
-    # which gloo does not notice unless their sizes differ (jaxlib 0.10.2).
-    jax.config.update('jax_enable_compilation_cache', False)
   try:
     yield
   except SystemExit as error:

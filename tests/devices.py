@@ -8,18 +8,16 @@ import pathlib
 import subprocess
 import sys
 
-import jax
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def run(*args: str, devices: int = 8) -> str:
   """What `python *args` printed, with `devices` CPU devices.
 
-  Flags of XLA and the compilation cache are those of this process.
+  Flags of XLA are those of this process; the compilation cache is not for
+  programs of several devices, see `experiments.compiled`.
   """
   flags = f'--xla_force_host_platform_device_count={devices}'
-  cache = jax.config.jax_compilation_cache_dir
   ran = subprocess.run(
     [sys.executable, *args],
     cwd=ROOT,
@@ -27,7 +25,7 @@ def run(*args: str, devices: int = 8) -> str:
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
       'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {flags}',
-      **({'JAX_COMPILATION_CACHE_DIR': cache} if cache else {}),
+      'JAX_ENABLE_COMPILATION_CACHE': 'false',
     },
     capture_output=True,
     text=True,
