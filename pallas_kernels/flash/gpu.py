@@ -1,0 +1,658 @@
+"""Softmax attention on a Hopper GPU: warpgroups that take turns.
+
+The mathematics is that of `xla`. Two warpgroups compute, each for rows of its
+own, and a third fetches what they need ahead of them. Three kernels:
+
+  forward          a block of queries stays, tiles of keys and values pass by:
+                   while one warpgroup has the matrix units, the other takes
+                   powers, and a barrier hands over the turn
+  backward, dq     likewise, and do stays with the queries
+  backward, dk dv  a block of keys and values stays, tiles of q and do pass by,
+                   of all query heads that share them; scores are `s t`
+
+So nothing is added up by two blocks, and results are the same in every run.
+Heads wider than 128 have dk and dv made by two kernels, for one warpgroup has
+registers for one of the two sums.
+
+It has been compiled for an H200 and interpreted, and has not run on hardware;
+`attention` does not choose it yet.
+
+Which tiles are visited stands in a table (`runs`). Those that need no mask come
+first and the others after them, so that each kind has a loop of its own; sums
+do not mind. Scores are in units of log2(e), as a GPU computes powers of 2.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import masks, runs
+from pallas_kernels.masks import Everything, Side, Tokens
+from pallas_kernels.problem import one_segment
+
+LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
+LOG2E = math.log2(math.e)
+COMPUTE = 2  # warpgroups that do; one more fetches
+ROWS = 64  # of a tile, for one warpgroup: what a matrix instruction takes
+BLOCK = COMPUTE * ROWS
+# Registers of a thread that computes, and of one that fetches. Three warpgroups
+# have 168 each to begin with.
+MANY, FEW = 240, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Sizes and choices that are known while tracing.
+
+  Attributes:
+    q, k: queries and keys in a tile, both warpgroups together.
+    stages: tiles that are there or on their way.
+    b, h, heads, t, s, d, e: sizes, with `heads` those of k and v.
+    rows: rows of tokens, b or 1.
+    dtype: of q, k and v.
+    mask: whether any tile may need a mask.
+    tokens: whether where tokens stand is read from arrays.
+    tags: their names.
+    segments: whether there are any.
+    ragged: the last tile of keys holds padding.
+    varying: over which mesh axes results vary, under shard_map.
+  """
+
+  q: int
+  k: int
+  stages: int
+  b: int
+  h: int
+  heads: int
+  t: int
+  s: int
+  d: int
+  e: int
+  rows: int
+  dtype: np.dtype
+  mask: bool
+  tokens: bool
+  tags: tuple[str, ...]
+  segments: bool
+  ragged: bool
+  varying: Any
+
+  @property
+  def blocks_q(self):
+    return math.ceil(self.t / self.q)
+
+  @property
+  def blocks_k(self):
+    return math.ceil(self.s / self.k)
+
+  @property
+  def long_q(self):
+    return self.blocks_q * self.q
+
+  @property
+  def long_k(self):
+    return self.blocks_k * self.k
+
+  @property
+  def group(self):
+    """How many query heads share a key head."""
+    return self.h // self.heads
+
+  def slot(self, n):
+    """In which buffer the n-th tile is."""
+    return lax.rem(n, jnp.int32(self.stages))
+
+  def row(self, b):
+    """Which row of tokens belongs to row b of the batch."""
+    return b if self.rows > 1 else 0
+
+  def like(self, shape):
+    return jax.ShapeDtypeStruct(
+      shape, jnp.float32, manual_axis_type=self.varying
+    )
+
+
+def make(rule, q, k, v, query, key, side_q, side_k, stages=2) -> Plan:
+  b, t, h, d = q.shape
+  _, s, heads, e = v.shape
+  ragged = s % side_k > 0
+  segments = query.segments is not None
+  tags = tuple(sorted(query.side.tags or {}))
+  return Plan(
+    q=side_q,
+    k=side_k,
+    stages=stages,
+    **dict(b=b, h=h, heads=heads, t=t, s=s, d=d, e=e),
+    rows=max(len(x) for x in jax.tree.leaves((query, key))),
+    dtype=q.dtype,
+    mask=not isinstance(rule.mask, Everything) or segments or ragged,
+    tokens=not rule.ordered or segments or bool(tags),
+    tags=tags,
+    segments=segments,
+    ragged=ragged,
+    varying=jax.typeof(q).manual_axis_type,
+  )
+
+
+class Order:
+  """The tiles of one block: those that need no mask, then the others."""
+
+  def __init__(self, table, block):
+    field = [table[block * runs.FIELDS + at] for at in range(runs.FIELDS)]
+    self._first, self._count = field[runs.FIRST], field[runs.COUNT]
+    self._jump, self.total = field[runs.JUMP], field[runs.TOTAL]
+    self._start = self._before(field[runs.CLEAR])
+    self.clear = self._before(field[runs.CLEAR_END]) - self._start
+
+  def _before(self, tile):
+    """How many of the tiles that are visited lie before this one."""
+    within = lambda x, most: jnp.minimum(jnp.maximum(x, 0), most)
+    second = within(tile - self._jump - self._count, self.total - self._count)
+    return within(tile - self._first, self._count) + second
+
+  def tile(self, n):
+    """Where the n-th lies."""
+    others = n - self.clear
+    others += jnp.where(others < self._start, 0, self.clear)
+    n = jnp.where(n < self.clear, self._start + n, others)
+    return n + jnp.where(n < self._count, self._first, self._jump)
+
+
+# ------------------------------------------------ what a warpgroup does at once
+
+
+def product(x, y, shape, meanwhile=lambda: None):
+  """x y^T of two buffers, in float32, and what is done until it is there."""
+
+  def multiply(total):
+    plgpu.wgmma(total, x, plgpu.transpose_ref(y, (1, 0)))
+    meanwhile()
+    return total[...]
+
+  return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def added(total, x, y, meanwhile=lambda: None):
+  """total + x y of a value x and a buffer y, likewise."""
+
+  def add(total):
+    plgpu.wgmma(total, x, y)
+    meanwhile()
+
+  return pl.run_state(add)(plgpu.ACC.init(total))
+
+
+def full(shape, value):
+  """A tile, or with one axis what its rows have, of one value."""
+  whole = plgpu.Layout.WGMMA
+  layout = whole if len(shape) == 2 else whole.reduce(1)
+  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def iota(shape, axis):
+  return plgpu.broadcasted_iota(
+    jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA
+  )
+
+
+WITH_INDEX = 'idx' in inspect.signature(plgpu.load).parameters  # jax 0.10
+
+
+def along(ref, shape, axis):
+  """The numbers of a row in memory, along one axis of a tile."""
+  row = plgpu.load(
+    *((ref, ()) if WITH_INDEX else (ref,)),
+    layout=plgpu.Layout.WGMMA.reduce(1 - axis),
+    optimized=False,  # it comes from far memory, in pieces
+  )
+  return lax.broadcast_in_dim(row, shape, [axis])
+
+
+def across(row, shape):
+  """What rows have, over a tile."""
+  return lax.broadcast_in_dim(row, shape, [0])
+
+
+# ------------------------------------------------------------- parts of kernels
+
+
+def fetch(plan, total, *streams):
+  """What the third warpgroup does: a tile comes when another has gone.
+
+  A stream is (buffers, array, where(n) in the array, barriers of what has come,
+  of what has gone).
+  """
+  plgpu.set_max_registers(FEW, action='decrease')
+
+  @pl.loop(0, total)
+  def _(n):
+    at = plan.slot(n)
+    for near, far, where, come, gone in streams:
+      _wait_if(n >= plan.stages, gone.at[at])
+      plgpu.copy_gmem_to_smem(far.at[where(n)], near.at[at], come.at[at])
+
+  for at in range(plan.stages):  # the last ones go, too
+    for *_, gone in streams:
+      _wait_if(total > at, gone.at[at])
+
+
+def _wait_if(condition, barrier):
+  pl.when(condition)(lambda: plgpu.barrier_wait(barrier))
+
+
+def stay(group, *pieces):
+  """Brings what a warpgroup keeps: pieces are (buffers, ref, barriers)."""
+  for near, far, come in pieces:
+    plgpu.copy_gmem_to_smem(far, near.at[group], come.at[group])
+  for _, _, come in pieces:
+    plgpu.barrier_wait(come.at[group])
+
+
+def visit_all(plan, visit, clear, total, carry):
+  """visit(n, carry, masked) of all tiles, see `Order`."""
+  unmasked = functools.partial(visit, masked=False)
+  if not plan.mask:
+    return lax.fori_loop(0, total, unmasked, carry)
+  carry = lax.fori_loop(0, clear, unmasked, carry)
+  masked = functools.partial(visit, masked=True)
+  return lax.fori_loop(clear, total, masked, carry)
+
+
+def masked_scores(rule, plan, x, tokens, starts, axes):
+  """x where the query sees the key, else -inf.
+
+  tokens, starts and axes are pairs, of queries and of keys: refs 'f t' or None,
+  where the tile begins, and along which axis of x they lie.
+  """
+  query, key = (
+    _standing(plan, ref, start, x.shape, axis, plan.s if at else None)
+    for at, (ref, start, axis) in enumerate(zip(tokens, starts, axes))
+  )
+  return jnp.where(masks.sees(rule.mask, query, key), x, -jnp.inf)
+
+
+def _standing(plan, ref, start, shape, axis, length) -> Tokens:
+  """Where tokens stand; of keys so many are none of the padding."""
+  if not plan.tokens:
+    order = start + iota(shape, axis)
+    inside = None
+    if plan.ragged:
+      inside = jnp.ones_like(order) if length is None else order < length
+      inside = inside.astype(jnp.int32)
+    return Tokens(Side(order, {}), inside)
+  here = pl.ds(start, shape[axis])
+  fields = [along(ref.at[f, here], shape, axis) for f in range(ref.shape[0])]
+  order = fields.pop(0)
+  segments = fields.pop(0) if plan.segments or plan.ragged else None
+  return Tokens(Side(order, dict(zip(plan.tags, fields))), segments)
+
+
+# ---------------------------------------------------------------------- forward
+
+
+def _forward_kernel(rule, plan, ins, outs, scratch):
+  q, k, v, table, query, key = ins
+  qs, ks, vs, q_come, k_come, v_come, k_gone, v_gone, turn = scratch
+  b, h, i = (lax.axis_index(name) for name in ('batch', 'head', 'block'))
+  i = plan.blocks_q - 1 - i  # under a causal mask the longest first
+  group = lax.axis_index('warpgroup')
+  row = plan.row(b)
+  order = Order(table, row * plan.blocks_q + i)
+  total = order.total
+
+  def hand_over():
+    plgpu.barrier_arrive(turn)
+    plgpu.barrier_wait(turn)
+
+  @pl.when(group < COMPUTE)
+  def _():
+    plgpu.set_max_registers(MANY, action='increase')
+    start = i * plan.q + group * ROWS
+    here = pl.ds(start, ROWS)
+    stay(group, (qs, q.at[b, here, h], q_come))
+    tile, unit = (ROWS, plan.k), rule.scale * LOG2E
+    _wait_if(total > 0, k_come.at[0])
+    pl.when(group == 1)(hand_over)
+
+    def visit(n, carry, masked):
+      o, m, l = carry  # noqa: E741
+      at = plan.slot(n)
+      x = product(qs.at[group], ks.at[at], tile, hand_over)
+      plgpu.barrier_arrive(k_gone.at[at])
+      if masked:
+        x = masked_scores(
+          *(rule, plan, x, (query.at[row], key.at[row])),
+          *((start, order.tile(n) * plan.k), (0, 1)),
+        )
+      new = jnp.maximum(m, x.max(axis=1) * unit)
+      factor = jnp.exp2(m - new)
+      p = jnp.exp2(x * unit - across(new, tile))
+      o *= across(factor, o.shape)
+      l = l * factor + p.sum(axis=1)  # noqa: E741
+      # All of this before the turn is handed over, and nothing of it after.
+      o, l, m, p = lax.optimization_barrier((o, l, new, p.astype(plan.dtype)))  # noqa: E741
+      plgpu.barrier_arrive(turn)
+      plgpu.barrier_wait(v_come.at[at])
+      plgpu.barrier_wait(turn)
+      after = n + 1
+      o = added(
+        *(o, p, vs.at[at]),
+        lambda: _wait_if(after < total, k_come.at[plan.slot(after)]),
+      )
+      plgpu.barrier_arrive(v_gone.at[at])
+      return o, m, l
+
+    nothing = full((ROWS, plan.e), 0), full((ROWS,), LOWEST), full((ROWS,), 0)
+    o, m, l = visit_all(plan, visit, order.clear, total, nothing)  # noqa: E741
+    pl.when(group == 0)(hand_over)
+    seen = l > 0
+    share = 1 / jnp.where(seen, l, 1.0)
+    outs[0][b, here, h] = (o * across(share, o.shape)).astype(outs[0].dtype)
+    outs[1][b, h, here] = jnp.where(seen, m / LOG2E, -jnp.inf)
+    outs[2][b, h, here] = l
+
+  @pl.when(group == COMPUTE)
+  def _():
+    head = lax.div(h, jnp.int32(plan.group))
+    where = lambda n: (b, pl.ds(order.tile(n) * plan.k, plan.k), head)
+    fetch(
+      plan,
+      total,
+      (ks, k, where, k_come, k_gone),
+      (vs, v, where, v_come, v_gone),
+    )
+
+
+def forward(rule, q, k, v, extras, query, key):
+  """The finished o, m and l; arguments as in `problem`."""
+  del extras
+  side = 128 if max(q.shape[3], v.shape[3]) <= 128 else 64
+  plan = make(rule, q, k, v, query, key, BLOCK, side)
+  rows = plan.like((plan.b, plan.h, plan.long_q))
+  o = plan.like((plan.b, plan.long_q, plan.h, plan.e))
+  o, m, l = _call(  # noqa: E741
+    *(rule, plan, _forward_kernel, 'flash_forward', True, query, key),
+    ins=(_long(plan, q, True), _long(plan, k), _long(plan, v)),
+    outs=[o.update(dtype=rule.dtype), rows, rows],
+    stays=(plan.d,),
+    passes=(plan.d, plan.e),
+    turn=True,
+  )
+  m, l = (jnp.swapaxes(x, 1, 2)[:, : plan.t] for x in (m, l))  # noqa: E741
+  return o[:, : plan.t], m, l
+
+
+# --------------------------------------------------------------------- backward
+
+
+def _queries_kernel(rule, plan, ins, outs, scratch):
+  """dq: a block of queries stays."""
+  q, k, v, do, lse, delta, table, query, key = ins
+  qs, dos, ks, vs, q_come, do_come, k_come, v_come, k_gone, v_gone = scratch
+  b, h, i = (lax.axis_index(name) for name in ('batch', 'head', 'block'))
+  i = plan.blocks_q - 1 - i
+  group = lax.axis_index('warpgroup')
+  row = plan.row(b)
+  order = Order(table, row * plan.blocks_q + i)
+
+  @pl.when(group < COMPUTE)
+  def _():
+    plgpu.set_max_registers(MANY, action='increase')
+    start = i * plan.q + group * ROWS
+    here = pl.ds(start, ROWS)
+    stay(
+      group, (qs, q.at[b, here, h], q_come), (dos, do.at[b, here, h], do_come)
+    )
+    tile = ROWS, plan.k
+    most, less = (along(ref.at[b, h, here], tile, 0) for ref in (lse, delta))
+
+    def visit(n, dq, masked):
+      at = plan.slot(n)
+      plgpu.barrier_wait(k_come.at[at])
+      x = product(qs.at[group], ks.at[at], tile)
+      if masked:
+        x = masked_scores(
+          *(rule, plan, x, (query.at[row], key.at[row])),
+          *((start, order.tile(n) * plan.k), (0, 1)),
+        )
+      p = jnp.exp2(x * (rule.scale * LOG2E) - most)
+      plgpu.barrier_wait(v_come.at[at])
+      dp = product(dos.at[group], vs.at[at], tile)
+      plgpu.barrier_arrive(v_gone.at[at])
+      dq = added(dq, (p * (dp - less)).astype(plan.dtype), ks.at[at])
+      plgpu.barrier_arrive(k_gone.at[at])
+      return dq
+
+    nothing = full((ROWS, plan.d), 0)
+    dq = visit_all(plan, visit, order.clear, order.total, nothing)
+    outs[0][b, here, h] = dq * rule.scale
+
+  @pl.when(group == COMPUTE)
+  def _():
+    head = lax.div(h, jnp.int32(plan.group))
+    where = lambda n: (b, pl.ds(order.tile(n) * plan.k, plan.k), head)
+    fetch(
+      *(plan, order.total, (ks, k, where, k_come, k_gone)),
+      (vs, v, where, v_come, v_gone),
+    )
+
+
+def _keys_kernel(wanted, rule, plan, ins, outs, scratch):
+  """dk and dv, or one of them: a block of keys and values stays."""
+  q, k, v, do, lse, delta, table, query, key = ins
+  ks, vs, qs, dos, k_come, v_come, q_come, do_come, q_gone, do_gone = scratch
+  b, head, j = (lax.axis_index(name) for name in ('batch', 'head', 'block'))
+  group = lax.axis_index('warpgroup')
+  row = plan.row(b)
+  order = Order(table, row * plan.blocks_k + j)
+  clear, total = plan.group * order.clear, plan.group * order.total
+
+  def place(n):
+    """The query head of step n, and where its queries begin."""
+    others = n >= clear
+    skipped = jnp.where(others, order.clear, 0)
+    count = jnp.where(others, order.total - order.clear, order.clear)
+    count = jnp.maximum(count, 1)
+    n -= jnp.where(others, clear, 0)
+    tile = order.tile(skipped + lax.rem(n, count))
+    return head * plan.group + lax.div(n, count), tile * plan.q
+
+  @pl.when(group < COMPUTE)
+  def _():
+    plgpu.set_max_registers(MANY, action='increase')
+    start = j * plan.k + group * ROWS
+    here = pl.ds(start, ROWS)
+    stay(
+      *(group, (ks, k.at[b, here, head], k_come)),
+      (vs, v.at[b, here, head], v_come),
+    )
+    tile = ROWS, plan.q
+
+    def visit(n, sums, masked):
+      sums = dict(sums)
+      at = plan.slot(n)
+      h, begin = place(n)
+      there = pl.ds(begin, plan.q)
+      most = along(lse.at[b, h, there], tile, 1)
+      plgpu.barrier_wait(q_come.at[at])
+      x = product(ks.at[group], qs.at[at], tile)
+      if masked:
+        x = masked_scores(
+          *(rule, plan, x, (query.at[row], key.at[row])),
+          *((begin, start), (1, 0)),
+        )
+      p = jnp.exp2(x * (rule.scale * LOG2E) - most)
+      plgpu.barrier_wait(do_come.at[at])
+      if 'dv' in sums:
+        sums['dv'] = added(sums['dv'], p.astype(plan.dtype), dos.at[at])
+      if 'dk' in sums:
+        dp = product(vs.at[group], dos.at[at], tile)
+        less = along(delta.at[b, h, there], tile, 1)
+        dx = (p * (dp - less)).astype(plan.dtype)
+        sums['dk'] = added(sums['dk'], dx, qs.at[at])
+      plgpu.barrier_arrive(do_gone.at[at])
+      plgpu.barrier_arrive(q_gone.at[at])
+      return sums
+
+    wide = {'dk': plan.d, 'dv': plan.e}
+    nothing = {name: full((ROWS, wide[name]), 0) for name in wanted}
+    sums = visit_all(plan, visit, clear, total, nothing)
+    for name, out in zip(wanted, outs):
+      scale = rule.scale if name == 'dk' else 1.0
+      out[b, here, head] = sums[name] * scale
+
+  @pl.when(group == COMPUTE)
+  def _():
+    def where(n):
+      h, begin = place(n)
+      return b, pl.ds(begin, plan.q), h
+
+    fetch(
+      plan,
+      total,
+      (qs, q, where, q_come, q_gone),
+      (dos, do, where, do_come, do_gone),
+    )
+
+
+def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
+  """dq, dk, dv, and None for extras; m is a constant."""
+  del dm, extras
+  seen = l > 0
+  lse = m * LOG2E + jnp.log2(jnp.where(seen, l, 1))
+  known = (
+    (jnp.where(seen, lse, jnp.inf), jnp.inf),  # powers of nothing are 0
+    (jnp.sum(do.astype(jnp.float32) * o, -1) - l * dl, 0),
+  )
+  do = do.astype(q.dtype)
+
+  def call(plan, kernel, name, by_query, outs):
+    rest = (0, 0), (0, 0), (0, plan.long_q - plan.t)
+    rows = [
+      jnp.pad(jnp.swapaxes(x, 1, 2), rest, constant_values=fill)
+      for x, fill in known
+    ]
+    long = [_long(plan, x, x is q or x is do) for x in (q, k, v, do)]
+    return _call(
+      *(rule, plan, kernel, 'flash_backward_' + name, by_query, query, key),
+      ins=(*long, *rows),
+      outs=outs,
+      stays=(plan.d, plan.e),
+      passes=(plan.d, plan.e),
+    )
+
+  both = max(q.shape[3], v.shape[3]) <= 128
+  # Of wide heads shared memory holds but one tile that passes by.
+  stages = 2 if both else 1
+  plan = make(rule, q, k, v, query, key, BLOCK, 64, stages)
+  dq = plan.like((plan.b, plan.long_q, plan.h, plan.d))
+  (dq,) = call(plan, _queries_kernel, 'dq', True, [dq])
+  plan = make(rule, q, k, v, query, key, 64, BLOCK, stages)
+  found = {
+    'dk': plan.like((plan.b, plan.long_k, plan.heads, plan.d)),
+    'dv': plan.like((plan.b, plan.long_k, plan.heads, plan.e)),
+  }
+  for wanted in (('dk', 'dv'),) if both else (('dk',), ('dv',)):
+    kernel = functools.partial(_keys_kernel, wanted)
+    outs = [found[name] for name in wanted]
+    outs = call(plan, kernel, '_'.join(wanted), False, outs)
+    found |= dict(zip(wanted, outs))
+  dk, dv = (found[name][:, : plan.s] for name in ('dk', 'dv'))
+  return dq[:, : plan.t], dk, dv, None
+
+
+# ------------------------------------------------------------------------ calls
+
+
+def _call(
+  rule,
+  plan,
+  kernel,
+  name,
+  by_query,
+  query,
+  key,
+  ins,
+  outs,
+  stays,
+  passes,
+  turn=False,
+):
+  """Runs a kernel: ins, a table, tokens -> outs.
+
+  Args:
+    by_query: blocks of queries stay, and so one is what a block is of.
+    stays, passes: how wide each array is that stays, or passes by.
+    turn: warpgroups take turns.
+  """
+  sides = (query, key)
+  if plan.ragged:
+    sides = tuple(map(one_segment, sides))
+  table, _ = runs.table(rule.mask, *sides, plan.q, plan.k, by_query)
+  tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+  buffer = lambda *shape: plgpu.SMEM(shape, plan.dtype, transforms=tiled)
+  length = plan.k if by_query else plan.q
+  gone = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=plan.stages)
+  scratch = [
+    *(buffer(COMPUTE, ROWS, width) for width in stays),
+    *(buffer(plan.stages, length, width) for width in passes),
+    *[plgpu.Barrier(num_barriers=COMPUTE)] * len(stays),
+    *[plgpu.Barrier(num_barriers=plan.stages)] * len(passes),
+    *[gone] * len(passes),
+    *[plgpu.Barrier(num_arrivals=COMPUTE)] * turn,
+  ]
+  tokens = (
+    _lay_tokens(plan, query, plan.long_q),
+    _lay_tokens(plan, key, plan.long_k),
+  )
+  ins = (*ins, table, *tokens)
+  heads = plan.h if by_query else plan.heads
+  blocks = plan.blocks_q if by_query else plan.blocks_k
+
+  def body(*refs):
+    ends = len(ins), len(ins) + len(outs)
+    kernel(
+      rule, plan, refs[: ends[0]], refs[ends[0] : ends[1]], refs[ends[1] :]
+    )
+
+  return plgpu.kernel(
+    body,
+    out_type=outs,
+    scratch_types=scratch,
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    grid=(heads, blocks, plan.b),
+    grid_names=('head', 'block', 'batch'),
+    num_threads=COMPUTE + 1,
+    thread_name='warpgroup',
+    kernel_name=name,
+  )(*ins)
+
+
+def _long(plan, x, of_queries=False):
+  """'b t h d', filled up to whole tiles."""
+  more = (plan.long_q if of_queries else plan.long_k) - x.shape[1]
+  return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
+
+
+def _lay_tokens(plan, tokens: Tokens, length):
+  """Order, segments and tags as rows of one array 'rows f t'."""
+  if not plan.tokens:
+    return jnp.zeros((plan.rows, 1, 1), jnp.int32)  # which nobody reads
+  fields = [tokens.side.order]
+  if plan.segments:
+    fields.append(tokens.segments)
+  elif plan.ragged:
+    fields.append(jnp.ones_like(tokens.side.order))
+  fields += [tokens.side.tags[tag] for tag in plan.tags]
+  shape = (plan.rows, tokens.side.order.shape[1])
+  fields = jnp.stack([jnp.broadcast_to(x, shape) for x in fields], 1)
+  return jnp.pad(fields, ((0, 0), (0, 0), (0, length - shape[1])))

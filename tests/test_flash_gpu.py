@@ -1,0 +1,187 @@
+"""The GPU kernels of attention: interpreted, and compiled for a described H200.
+
+The oracle is that of `test_flash_tpu`, in float64; a kernel may err twice as
+much as the formula does in float16, the type of its inputs. What the
+interpreter lacks stands in `missing`: those few operations are replaced, and
+all else (tiles that are visited, copies, barriers, masks, sums) is what runs on
+a GPU. Its threads wait for each other inside callbacks, so they need a process
+with more threads than a machine may have cores: this file, as a program.
+"""
+
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import params as interpreter
+
+from pallas_kernels import chips
+from pallas_kernels.flash import gpu
+from pallas_kernels.masks import BlockCausal, Causal, Everything, Sinks, Window
+from pallas_kernels.problem import problem
+from tests import devices
+from tests.test_flash_tpu import COUNTED, PADDED, ask, broken, draw, formula
+
+SEGMENTS = {'query_segments': PADDED, 'key_segments': PADDED}
+ORDERS = {'query_order': COUNTED, 'key_order': COUNTED}
+LATER = {'query_order': np.arange(70) * 4, 'key_order': np.arange(200) * 2}
+CASES = {
+  'causal': (draw(2, 150, 150, 2, 1, 64, 64), {'mask': Causal()}),
+  'packed': (
+    draw(1, 300, 300, 2, 2, 64, 64),
+    {'mask': Causal() & (Window(40) | Sinks(4)), **SEGMENTS, **ORDERS},
+  ),
+  'later': (draw(1, 70, 200, 2, 1, 64, 128), {'mask': Causal(), **LATER}),
+  'wide': (draw(1, 64, 100, 1, 1, 256, 256), {}),
+}
+
+
+def missing():
+  """What is there instead of the operations that the interpreter lacks."""
+
+  def product(x, y, shape, meanwhile=lambda: None):
+    meanwhile()
+    return jnp.dot(*(z[...].astype(jnp.float32) for z in (x, y[...].T)))
+
+  def added(total, x, y, meanwhile=lambda: None):
+    meanwhile()
+    return total + jnp.dot(*(z[...].astype(jnp.float32) for z in (x, y)))
+
+  found = {'added': added}  # it has no run_state, nor wgmma of registers
+  if jax.__version_info__ < (0, 11):  # nor transposed buffers, nor layouts
+    found |= {
+      'product': product,
+      'full': lambda shape, value: jnp.full(shape, value, jnp.float32),
+      'iota': lambda *of: jax.lax.broadcasted_iota(jnp.int32, *of),
+      'along': lambda ref, *of: jax.lax.broadcast_in_dim(
+        ref[...], of[0], of[1:]
+      ),
+    }
+  return found
+
+
+def unmasked(plan, visit, clear, total, carry):
+  """A mutant: no tile is masked."""
+  del plan, clear
+  return jax.lax.fori_loop(
+    0, total, lambda n, carry: visit(n, carry, masked=False), carry
+  )
+
+
+def both(rule, q, k, v, extras, query, key, w, u):
+  """o, lse and gradients, of a sum with weights w of o and u of lse."""
+  inputs = rule, q, k, v, extras, query, key
+  o, m, total = gpu.forward(*inputs)
+  seen = total > 0
+  lse = jnp.where(seen, m + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
+  dl = jnp.where(seen, u / jnp.where(seen, total, 1), 0)
+  dq, dk, dv, _ = gpu.backward(*inputs, o, m, total, w, jnp.zeros_like(m), dl)
+  return {'o': o, 'lse': lse, 'dq': dq, 'dk': dk, 'dv': dv}
+
+
+def exactly(arrays, given, dtype):
+  """The same by the formula."""
+  q, k, v, w, u = (jnp.asarray(x, dtype) for x in arrays)
+
+  def loss(q, k, v):
+    o, lse = formula(q, k, v, {}, **given)
+    seen = lse > -jnp.inf
+    return jnp.sum(o * w) + jnp.sum(jnp.where(seen, lse * u, 0)), (o, lse)
+
+  (dq, dk, dv), (o, lse) = jax.grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+  return {'o': o, 'lse': lse, 'dq': dq, 'dk': dk, 'dv': dv}
+
+
+def main(name):
+  """Prints where the error rule is broken."""
+  arrays, given = CASES[name.removesuffix(' unmasked')]
+  for lacks, instead in missing().items():
+    setattr(gpu, lacks, instead)
+  if name.endswith(' unmasked'):
+    gpu.visit_all = unmasked
+  half = [np.float16(x) for x in arrays]
+  q, k, v, w, u = (jnp.asarray(x) for x in half)
+  attend = lambda *inputs: both(*inputs, w, u.astype(jnp.float32))
+  with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
+    fast = ask(attend, q, k, v, {}, **given)
+  wide = lambda found: jax.tree.map(lambda x: np.asarray(x, np.float64), found)
+  naive = wide(exactly(half, given, jnp.float16))
+  with jax.enable_x64(True):
+    exact = wide(exactly(half, given, jnp.float64))
+  print(json.dumps(broken(wide(fast), [naive], exact)))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_exact(name):
+  assert json.loads(devices.run('-m', 'tests.test_flash_gpu', name)) == []
+
+
+def test_a_tile_without_its_mask_is_noticed():
+  name = 'causal unmasked'
+  assert json.loads(devices.run('-m', 'tests.test_flash_gpu', name))
+
+
+# name: sizes, and what `problem` takes; t = 1000 needs padding.
+COMPILED = {
+  'full': ({}, {'mask': Everything()}),
+  'causal': ({}, {'mask': Causal()}),
+  'ragged': ({'t': 1000}, {'mask': Causal()}),
+  'packed': (
+    {'dtype': jnp.float16, 'segments': True},
+    {'mask': Causal() & (Window(300) | Sinks(4))},
+  ),
+  'narrow': ({'d': 64}, {'mask': BlockCausal(100), 'wide': True}),
+  'wide': ({'d': 256}, {'mask': Causal()}),
+}
+# Bytes that a thread stores away, of the kernels that do: fewer is better.
+SPILLS = {
+  'flash_backward_dk_dv': 200,
+  'flash_backward_dk': 1000,
+  'flash_backward_dv': 100,
+  'flash_backward_dq wide': 1000,
+}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize('compiler', ['h200'], indirect=True)
+@pytest.mark.parametrize('name', COMPILED)
+def test_compiled(compiler, name, capfd, monkeypatch):
+  """Forward and backward fit; what spills is known."""
+  monkeypatch.setenv('MOSAIC_GPU_DUMP_PTXAS', '1')
+  sizes, given = COMPILED[name]
+  given = dict(given)
+  t, d = sizes.get('t', 1024), sizes.get('d', 128)
+  shape = lambda h: jax.ShapeDtypeStruct(
+    (2, t, h, d), sizes.get('dtype', jnp.bfloat16)
+  )
+  segments = jax.ShapeDtypeStruct((2, t), jnp.int32)
+
+  def run(q, k, v, w, u, segments):
+    one = segments if sizes.get('segments') else None
+    sides = {side: (None, one, None) for side in ('query', 'key')}
+    inputs = problem(q, k, v, **sides, **given)
+    rule, *rest = inputs
+    return both(rule, q, k, v, *rest, w, u)
+
+  weights = jax.ShapeDtypeStruct((2, t, 4), jnp.float32)
+  arrays = shape(4), shape(2), shape(2), shape(4), weights, segments
+  with jax.set_mesh(chips.mesh('h200')):
+    jax.jit(run).lower(*chips.on('h200', arrays)).compile()
+  said = capfd.readouterr().out
+  found = re.findall(
+    r"entry function '(\w+)_mosaic_gpu_kernel'.*?(\d+) bytes spill stores",
+    said,
+    re.DOTALL,
+  )
+  found = {kernel: int(spilled) for kernel, spilled in found}
+  assert len(found) == (4 if d > 128 else 3), said
+  for kernel, spilled in found.items():
+    wide = f'{kernel} wide' if d > 128 else kernel
+    assert spilled <= SPILLS.get(wide, SPILLS.get(kernel, 0)), kernel
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
