@@ -174,7 +174,7 @@ def product(x, y, shape, meanwhile=lambda: None):
   """x y^T of two buffers, in float32, and what is done until it is there."""
 
   def multiply(total):
-    plgpu.wgmma(total, x, plgpu.transpose_ref(y, (1, 0)))
+    plgpu.wgmma(total, x, y.transpose((1, 0)))
     meanwhile()
     return total[...]
 
@@ -356,7 +356,14 @@ def _forward_kernel(rule, plan, ins, outs, scratch):
     pl.when(group == 0)(hand_over)
     seen = l > 0
     share = 1 / jnp.where(seen, l, 1.0)
-    outs[0][b, here, h] = (o * across(share, o.shape)).astype(outs[0].dtype)
+    o *= across(share, o.shape)
+    if outs[0].dtype == plan.dtype:  # it leaves by where q has been
+      qs[group] = o.astype(plan.dtype)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(qs.at[group], outs[0].at[b, here, h])
+      plgpu.wait_smem_to_gmem(0)
+    else:
+      outs[0][b, here, h] = o
     outs[1][b, h, here] = jnp.where(seen, m / LOG2E, -jnp.inf)
     outs[2][b, h, here] = l
 
@@ -379,16 +386,18 @@ def forward(rule, q, k, v, extras, query, key):
   plan = make(rule, q, k, v, query, key, BLOCK, side)
   rows = plan.like((plan.b, plan.h, plan.long_q))
   o = plan.like((plan.b, plan.long_q, plan.h, plan.e))
+  if plan.d == plan.e and rule.dtype == plan.dtype:
+    o = o.update(dtype=rule.dtype)
   o, m, l = _call(  # noqa: E741
     *(rule, plan, _forward_kernel, 'flash_forward', True, query, key),
     ins=(_long(plan, q, True), _long(plan, k), _long(plan, v)),
-    outs=[o.update(dtype=rule.dtype), rows, rows],
+    outs=[o, rows, rows],
     stays=(plan.d,),
     passes=(plan.d, plan.e),
     turn=True,
   )
   m, l = (jnp.swapaxes(x, 1, 2)[:, : plan.t] for x in (m, l))  # noqa: E741
-  return o[:, : plan.t], m, l
+  return o[:, : plan.t].astype(rule.dtype), m, l
 
 
 # --------------------------------------------------------------------- backward
