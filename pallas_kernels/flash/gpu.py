@@ -26,9 +26,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -36,8 +34,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import masks, runs
-from pallas_kernels.masks import Everything, Side, Tokens
-from pallas_kernels.problem import one_segment
+from pallas_kernels.blocks import Tile
+from pallas_kernels.flash import tpu_layout as layout
+from pallas_kernels.masks import Side, Tokens
+from pallas_kernels.problem import Extras, one_segment
 
 LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
 LOG2E = math.log2(math.e)
@@ -50,62 +50,14 @@ MANY, FEW = 240, 24
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(layout.Plan):
   """Sizes and choices that are known while tracing.
 
   Attributes:
-    q, k: queries and keys in a tile, both warpgroups together.
     stages: tiles that are there or on their way.
-    b, h, heads, t, s, d, e: sizes, with `heads` those of k and v.
-    rows: rows of tokens, b or 1.
-    dtype: of q, k and v.
-    mask: whether any tile may need a mask.
-    tokens: whether where tokens stand is read from arrays.
-    tags: their names.
-    segments: whether there are any.
-    ragged: the last tile of keys holds padding.
-    varying: over which mesh axes results vary, under shard_map.
   """
 
-  q: int
-  k: int
   stages: int
-  b: int
-  h: int
-  heads: int
-  t: int
-  s: int
-  d: int
-  e: int
-  rows: int
-  dtype: np.dtype
-  mask: bool
-  tokens: bool
-  tags: tuple[str, ...]
-  segments: bool
-  ragged: bool
-  varying: Any
-
-  @property
-  def blocks_q(self):
-    return math.ceil(self.t / self.q)
-
-  @property
-  def blocks_k(self):
-    return math.ceil(self.s / self.k)
-
-  @property
-  def long_q(self):
-    return self.blocks_q * self.q
-
-  @property
-  def long_k(self):
-    return self.blocks_k * self.k
-
-  @property
-  def group(self):
-    """How many query heads share a key head."""
-    return self.h // self.heads
 
   def slot(self, n):
     """In which buffer the n-th tile is."""
@@ -115,32 +67,11 @@ class Plan:
     """Which row of tokens belongs to row b of the batch."""
     return b if self.rows > 1 else 0
 
-  def like(self, shape):
-    return jax.ShapeDtypeStruct(
-      shape, jnp.float32, manual_axis_type=self.varying
-    )
-
 
 def make(rule, q, k, v, query, key, side_q, side_k, stages=2) -> Plan:
-  b, t, h, d = q.shape
-  _, s, heads, e = v.shape
-  ragged = s % side_k > 0
-  segments = query.segments is not None
-  tags = tuple(sorted(query.side.tags or {}))
-  return Plan(
-    q=side_q,
-    k=side_k,
-    stages=stages,
-    **dict(b=b, h=h, heads=heads, t=t, s=s, d=d, e=e),
-    rows=max(len(x) for x in jax.tree.leaves((query, key))),
-    dtype=q.dtype,
-    mask=not isinstance(rule.mask, Everything) or segments or ragged,
-    tokens=not rule.ordered or segments or bool(tags),
-    tags=tags,
-    segments=segments,
-    ragged=ragged,
-    varying=jax.typeof(q).manual_axis_type,
-  )
+  tile = Tile(side_q, side_k, side_k, side_q)
+  found = layout.known(rule, q, k, v, Extras(), query, key, tile)
+  return Plan(**found, stages=stages)
 
 
 class Order:
@@ -194,8 +125,8 @@ def added(total, x, y, meanwhile=lambda: None):
 def full(shape, value):
   """A tile, or with one axis what its rows have, of one value."""
   whole = plgpu.Layout.WGMMA
-  layout = whole if len(shape) == 2 else whole.reduce(1)
-  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+  its = whole if len(shape) == 2 else whole.reduce(1)
+  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), its)
 
 
 def iota(shape, axis):
@@ -316,10 +247,10 @@ def _forward_kernel(rule, plan, ins, outs, scratch):
   @pl.when(group < COMPUTE)
   def _():
     plgpu.set_max_registers(MANY, action='increase')
-    start = i * plan.q + group * ROWS
+    start = i * plan.tile.q + group * ROWS
     here = pl.ds(start, ROWS)
     stay(group, (qs, q.at[b, here, h], q_come))
-    tile, unit = (ROWS, plan.k), rule.scale * LOG2E
+    tile, unit = (ROWS, plan.tile.k), rule.scale * LOG2E
     _wait_if(total > 0, k_come.at[0])
     pl.when(group == 1)(hand_over)
 
@@ -331,7 +262,7 @@ def _forward_kernel(rule, plan, ins, outs, scratch):
       if masked:
         x = masked_scores(
           *(rule, plan, x, (query.at[row], key.at[row])),
-          *((start, order.tile(n) * plan.k), (0, 1)),
+          *((start, order.tile(n) * plan.tile.k), (0, 1)),
         )
       new = jnp.maximum(m, x.max(axis=1) * unit)
       factor = jnp.exp2(m - new)
@@ -370,7 +301,7 @@ def _forward_kernel(rule, plan, ins, outs, scratch):
   @pl.when(group == COMPUTE)
   def _():
     head = lax.div(h, jnp.int32(plan.group))
-    where = lambda n: (b, pl.ds(order.tile(n) * plan.k, plan.k), head)
+    where = lambda n: (b, pl.ds(order.tile(n) * plan.tile.k, plan.tile.k), head)
     fetch(
       plan,
       total,
@@ -384,10 +315,10 @@ def forward(rule, q, k, v, extras, query, key):
   del extras
   side = 128 if max(q.shape[3], v.shape[3]) <= 128 else 64
   plan = make(rule, q, k, v, query, key, BLOCK, side)
-  rows = plan.like((plan.b, plan.h, plan.long_q))
-  o = plan.like((plan.b, plan.long_q, plan.h, plan.e))
-  if plan.d == plan.e and rule.dtype == plan.dtype:
-    o = o.update(dtype=rule.dtype)
+  rows = plan.like((plan.b, plan.h, plan.long_q), jnp.float32)
+  short = plan.d == plan.e and rule.dtype == plan.dtype
+  dtype = rule.dtype if short else jnp.float32
+  o = plan.like((plan.b, plan.long_q, plan.h, plan.e), dtype)
   o, m, l = _call(  # noqa: E741
     *(rule, plan, _forward_kernel, 'flash_forward', True, query, key),
     ins=(_long(plan, q, True), _long(plan, k), _long(plan, v)),
@@ -416,12 +347,12 @@ def _queries_kernel(rule, plan, ins, outs, scratch):
   @pl.when(group < COMPUTE)
   def _():
     plgpu.set_max_registers(MANY, action='increase')
-    start = i * plan.q + group * ROWS
+    start = i * plan.tile.q + group * ROWS
     here = pl.ds(start, ROWS)
     stay(
       group, (qs, q.at[b, here, h], q_come), (dos, do.at[b, here, h], do_come)
     )
-    tile = ROWS, plan.k
+    tile = ROWS, plan.tile.k
     most, less = (along(ref.at[b, h, here], tile, 0) for ref in (lse, delta))
 
     def visit(n, dq, masked):
@@ -431,7 +362,7 @@ def _queries_kernel(rule, plan, ins, outs, scratch):
       if masked:
         x = masked_scores(
           *(rule, plan, x, (query.at[row], key.at[row])),
-          *((start, order.tile(n) * plan.k), (0, 1)),
+          *((start, order.tile(n) * plan.tile.k), (0, 1)),
         )
       p = jnp.exp2(x * (rule.scale * LOG2E) - most)
       plgpu.barrier_wait(v_come.at[at])
@@ -448,7 +379,7 @@ def _queries_kernel(rule, plan, ins, outs, scratch):
   @pl.when(group == COMPUTE)
   def _():
     head = lax.div(h, jnp.int32(plan.group))
-    where = lambda n: (b, pl.ds(order.tile(n) * plan.k, plan.k), head)
+    where = lambda n: (b, pl.ds(order.tile(n) * plan.tile.k, plan.tile.k), head)
     fetch(
       *(plan, order.total, (ks, k, where, k_come, k_gone)),
       (vs, v, where, v_come, v_gone),
@@ -473,24 +404,24 @@ def _keys_kernel(wanted, rule, plan, ins, outs, scratch):
     count = jnp.maximum(count, 1)
     n -= jnp.where(others, clear, 0)
     tile = order.tile(skipped + lax.rem(n, count))
-    return head * plan.group + lax.div(n, count), tile * plan.q
+    return head * plan.group + lax.div(n, count), tile * plan.tile.q
 
   @pl.when(group < COMPUTE)
   def _():
     plgpu.set_max_registers(MANY, action='increase')
-    start = j * plan.k + group * ROWS
+    start = j * plan.tile.k + group * ROWS
     here = pl.ds(start, ROWS)
     stay(
       *(group, (ks, k.at[b, here, head], k_come)),
       (vs, v.at[b, here, head], v_come),
     )
-    tile = ROWS, plan.q
+    tile = ROWS, plan.tile.q
 
     def visit(n, sums, masked):
       sums = dict(sums)
       at = plan.slot(n)
       h, begin = place(n)
-      there = pl.ds(begin, plan.q)
+      there = pl.ds(begin, plan.tile.q)
       most = along(lse.at[b, h, there], tile, 1)
       plgpu.barrier_wait(q_come.at[at])
       x = product(ks.at[group], qs.at[at], tile)
@@ -523,7 +454,7 @@ def _keys_kernel(wanted, rule, plan, ins, outs, scratch):
   def _():
     def where(n):
       h, begin = place(n)
-      return b, pl.ds(begin, plan.q), h
+      return b, pl.ds(begin, plan.tile.q), h
 
     fetch(
       plan,
@@ -563,12 +494,12 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
   # Of wide heads shared memory holds but one tile that passes by.
   stages = 2 if both else 1
   plan = make(rule, q, k, v, query, key, BLOCK, 64, stages)
-  dq = plan.like((plan.b, plan.long_q, plan.h, plan.d))
+  dq = plan.like((plan.b, plan.long_q, plan.h, plan.d), jnp.float32)
   (dq,) = call(plan, _queries_kernel, 'dq', True, [dq])
   plan = make(rule, q, k, v, query, key, 64, BLOCK, stages)
   found = {
-    'dk': plan.like((plan.b, plan.long_k, plan.heads, plan.d)),
-    'dv': plan.like((plan.b, plan.long_k, plan.heads, plan.e)),
+    'dk': plan.like((plan.b, plan.long_k, plan.heads, plan.d), jnp.float32),
+    'dv': plan.like((plan.b, plan.long_k, plan.heads, plan.e), jnp.float32),
   }
   for wanted in (('dk', 'dv'),) if both else (('dk',), ('dv',)):
     kernel = functools.partial(_keys_kernel, wanted)
@@ -606,10 +537,10 @@ def _call(
   sides = (query, key)
   if plan.ragged:
     sides = tuple(map(one_segment, sides))
-  table, _ = runs.table(rule.mask, *sides, plan.q, plan.k, by_query)
+  table, _ = runs.table(rule.mask, *sides, plan.tile.q, plan.tile.k, by_query)
   tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
   buffer = lambda *shape: plgpu.SMEM(shape, plan.dtype, transforms=tiled)
-  length = plan.k if by_query else plan.q
+  length = plan.tile.k if by_query else plan.tile.q
   gone = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=plan.stages)
   scratch = [
     *(buffer(COMPUTE, ROWS, width) for width in stays),
@@ -620,9 +551,11 @@ def _call(
     *[plgpu.Barrier(num_arrivals=COMPUTE)] * turn,
   ]
   tokens = (
-    _lay_tokens(plan, query, plan.long_q),
-    _lay_tokens(plan, key, plan.long_k),
+    layout.lay_tokens(plan, query, plan.long_q),
+    layout.lay_tokens(plan, key, plan.long_k),
   )
+  if not plan.tokens:
+    tokens = (jnp.zeros((plan.rows, 1, 1), jnp.int32),) * 2  # nobody reads them
   ins = (*ins, table, *tokens)
   heads = plan.h if by_query else plan.heads
   blocks = plan.blocks_q if by_query else plan.blocks_k
@@ -650,18 +583,3 @@ def _long(plan, x, of_queries=False):
   """'b t h d', filled up to whole tiles."""
   more = (plan.long_q if of_queries else plan.long_k) - x.shape[1]
   return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
-
-
-def _lay_tokens(plan, tokens: Tokens, length):
-  """Order, segments and tags as rows of one array 'rows f t'."""
-  if not plan.tokens:
-    return jnp.zeros((plan.rows, 1, 1), jnp.int32)  # which nobody reads
-  fields = [tokens.side.order]
-  if plan.segments:
-    fields.append(tokens.segments)
-  elif plan.ragged:
-    fields.append(jnp.ones_like(tokens.side.order))
-  fields += [tokens.side.tags[tag] for tag in plan.tags]
-  shape = (plan.rows, tokens.side.order.shape[1])
-  fields = jnp.stack([jnp.broadcast_to(x, shape) for x in fields], 1)
-  return jnp.pad(fields, ((0, 0), (0, 0), (0, length - shape[1])))

@@ -125,17 +125,23 @@ class Plan:
 
 
 def make(rule: Rule, q, k, v, extras, query, key, direction) -> Plan:
-  b, t, h, d = q.shape
-  _, s, heads, e = v.shape
+  (_, t, _, d), (_, s, _, e) = q.shape, v.shape
   row = max(d, e) * q.dtype.itemsize
   # A tile of the bias, and of its gradient, takes room as wide rows do.
   row = row if extras.bias is None else max(row, 512)
   sides = tile(rule.blocks, direction, t, s, row)
+  return Plan(**known(rule, q, k, v, extras, query, key, sides))
+
+
+def known(rule: Rule, q, k, v, extras, query, key, sides: Tile) -> dict:
+  """The fields of a `Plan` with such tiles."""
+  b, t, h, d = q.shape
+  _, s, heads, e = v.shape
   ragged = s % sides.k > 0
   segments = query.segments is not None
   tags = tuple(sorted(query.side.tags or {}))
   tokens = jax.tree.leaves((query, key))
-  return Plan(
+  return dict(
     tile=sides,
     **dict(b=b, h=h, heads=heads, t=t, s=s, d=d, e=e),
     rows=max(len(x) for x in tokens),
