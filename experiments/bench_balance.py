@@ -6,6 +6,7 @@ device has, for then all pass their keys on. So a ring takes the sum over hops
 of the most that any device computes, and at best the sum of the means.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ TILE = 512
 SHOWN = (2**18, 16)  # of which the figure shows every hop
 
 
-def page(out: Path) -> list[str]:
+def page(args: argparse.Namespace) -> list[str]:
   """The page: a title, and paragraphs. Draws balance.png beside it."""
   rows, speed = [], {}
   for length in LENGTHS:
@@ -44,7 +45,7 @@ def page(out: Path) -> list[str]:
             f'{plain / took[layout] / most:.3f}',
           ]
         )
-  draw(out / 'balance.png', speed)
+  draw(args.out / 'balance.png', speed)
   head = [
     *('tokens', 'devices', 'layout', 'tiles', 'max / mean, worst hop'),
     *('speed-up over contiguous', 'at most', 'share of it'),

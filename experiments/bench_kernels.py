@@ -11,6 +11,7 @@ compiles every kernel of CELLS in a process of its own, for the compiler is told
 where to write when it is loaded.
 """
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -249,18 +250,19 @@ def schedule(cell: Sequence[str]) -> Schedule:
   return Schedule(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def static(chosen: Sequence[str] = CHIPS) -> list[str]:
+def static(args: argparse.Namespace) -> list[str]:
   """The page: a title, and paragraphs."""
+  del args
   from jaxattn.analysis.table import markdown
 
   sides = [(*map(str, tile),) for tile in TILES]
   cells = [
     (whose, direction, chip, *tile)
-    for chip in chosen
+    for chip in CHIPS
     for direction in ('forward', 'backward')
     for tile in sides
     for whose in ('ours', 'splash')
-  ] + [('flash', 'forward', chip, '128', '128') for chip in chosen]
+  ] + [('flash', 'forward', chip, '128', '128') for chip in CHIPS]
   found = {
     cell: schedule(cell)
     for cell in track(cells, 'compiling', console=Console(stderr=True))

@@ -1,5 +1,6 @@
 """What numbers depend on besides the code: versions and devices."""
 
+import importlib.util
 import os
 import platform
 from importlib import metadata
@@ -8,8 +9,12 @@ import jax
 
 
 def versions() -> dict[str, str]:
-  """Of the packages that compute, and of Python."""
-  packages = ('jax', 'flax', 'optax')
+  """Of the packages that compute, where installed, and of Python."""
+  packages = [
+    package
+    for package in ('jax', 'flax', 'optax')
+    if importlib.util.find_spec(package)
+  ]
   return {
     **{package: metadata.version(package) for package in packages},
     'python': platform.python_version(),

@@ -80,6 +80,15 @@ class Rule:
   ordered: bool
   blocks: Blocks
 
+  def elementwise(self) -> 'Rule':
+    """The same for a kernel: functions that gather replaced by others."""
+    own = lambda fn: fn.elementwise() if hasattr(fn, 'elementwise') else fn
+    return dataclasses.replace(
+      self,
+      scores=tuple(map(own, self.scores)),
+      weights=tuple(map(own, self.weights)),
+    )
+
   def scored(self, x, query: Side, key: Side, extras: Extras):
     """Scores `b h t s` modified; sides `b 1 t 1`, `b 1 1 s`."""
     dtype = x.dtype

@@ -24,7 +24,7 @@ def run(*args: str, devices: int = 8) -> str:
     env={
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {flags}',
+      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {flags}',
       'JAX_ENABLE_COMPILATION_CACHE': 'false',
     },
     capture_output=True,

@@ -2,18 +2,21 @@
 
   python -m tests.flash_matrix
 
-runs every cell and writes docs/flash.md; tests/test_flash_matrix.py runs them
-again and holds the page to what it saw. A cell that runs is compared with
-`plain` in float64, for values and for gradients of all arrays; that `plain` is
-right is for tests/test_flash.py and tests/test_flash_features.py to say.
+runs every cell and writes docs/flash.md (given a name, it prints that column);
+tests/test_flash_matrix.py runs them again and holds the page to what it saw. A
+cell that runs is compared with `plain` in float64, for values and for gradients
+of all arrays; that `plain` is right is for tests/test_flash.py and
+tests/test_flash_features.py to say.
 """
 
 import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import pathlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,9 +42,14 @@ from pallas_kernels.scores import (
   Score,
   Slopes,
 )
+from tests import devices
+from tests.gpu_interpreter import interpreted
 
 PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'flash.md'
-B, T, S, H, K, D, E = 2, 150, 170, 4, 2, 32, 32
+T, S = 150, 170
+# Rows, heads and key heads; few where a cell takes long.
+SIZES = {'b': 2, 't': T, 's': S, 'h': 4, 'k': 2}
+SMALL = SIZES | {'b': 1, 'h': 2, 'k': 1}
 WHOLE = flash.Blocks(2**30, 2**30)
 ORDERS = {'query_order': np.arange(T) + S - T, 'key_order': np.arange(S)}
 
@@ -72,15 +80,30 @@ class Feature:
     name: what stands in the table.
     given: further arrays, by name, and their shapes; they get gradients.
     rule: from those arrays to arguments of `flash.attention`.
-    shapes: of q, k and v.
+    key_heads: a size.
+    widths: of keys and of values.
     dtype: of all arrays.
+    sizes: what letters in shapes stand for.
   """
 
   name: str
   rule: Callable[..., dict[str, Any]] = lambda **given: {}
-  given: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-  shapes: tuple = ((B, T, H, D), (B, S, K, D), (B, S, K, E))
+  given: dict[str, tuple] = dataclasses.field(default_factory=dict)
+  key_heads: str | int = 'k'
+  widths: tuple[int, int] = (32, 32)
   dtype: str = 'float32'
+  sizes: Mapping[str, int] = dataclasses.field(default_factory=SIZES.copy)
+
+  def shape(self, *sizes: str | int) -> tuple[int, ...]:
+    """With letters as sizes, and numbers as they are."""
+    return tuple(self.sizes.get(size, size) for size in sizes)
+
+  @property
+  def shapes(self):
+    """Of q, k and v."""
+    (d, e), k = self.widths, self.key_heads
+    shapes = ('b', 't', 'h', d), ('b', 's', k, d), ('b', 's', k, e)
+    return [self.shape(*shape) for shape in shapes]
 
 
 def masked(mask, **data):
@@ -90,10 +113,6 @@ def masked(mask, **data):
 def scored(fn, *names, which='score'):
   score = lambda given: Score(fn, tuple(given[name] for name in names))
   return lambda **given: {'mask': Causal(), **ORDERS, which: score(given)}
-
-
-def widths(d, e):
-  return (B, T, H, d), (B, S, K, d), (B, S, K, e)
 
 
 PERMUTED = {
@@ -111,9 +130,9 @@ SEGMENTS = {
 
 FEATURES = (
   Feature('grouped queries'),
-  Feature('one key head', shapes=((B, T, H, D), (B, S, 1, D), (B, S, 1, E))),
-  Feature('values wider than keys', shapes=widths(32, 64)),
-  Feature('values narrower than keys', shapes=widths(64, 32)),
+  Feature('one key head', key_heads=1),
+  Feature('values wider than keys', widths=(32, 64)),
+  Feature('values narrower than keys', widths=(64, 32)),
   Feature('mask: causal', masked(Causal())),
   Feature('mask: causal window', masked(Causal() & Window(40))),
   Feature('mask: window of both sides', masked(Window(40, 30))),
@@ -129,23 +148,23 @@ FEATURES = (
   Feature(
     'bias of each pair',
     lambda bias: {'bias': bias},
-    {'bias': (B, H, T, S)},
+    {'bias': ('b', 'h', 't', 's')},
   ),
   Feature(
     'bias shared by rows or heads',
     lambda bias: {'bias': bias},
-    {'bias': (1, 1, T, S)},
+    {'bias': (1, 1, 't', 's')},
   ),
-  Feature('score: ALiBi', scored(Slopes(), 'slopes'), {'slopes': (H,)}),
+  Feature('score: ALiBi', scored(Slopes(), 'slopes'), {'slopes': ('h',)}),
   Feature(
     'score: T5 buckets',
     scored(Buckets(64, causal=False), 'table'),
-    {'table': (H, 32)},
+    {'table': ('h', 32)},
   ),
   Feature(
     'score: a table of distances',
     scored(Relative(4), 'table'),
-    {'table': (H, 33)},
+    {'table': ('h', 33)},
   ),
   Feature(
     'score: numbers of queries and keys',
@@ -154,15 +173,15 @@ FEATURES = (
       **ORDERS,
       'score': Score(Difference(), (), (a,), (b,)),
     },
-    {'a': (B, T, H), 'b': (B, S, H)},
+    {'a': ('b', 't', 'h'), 'b': ('b', 's', 'h')},
   ),
-  Feature('score: of your own', scored(doubled, 'weight'), {'weight': (H,)}),
+  Feature('score: of your own', scored(doubled, 'weight'), {'weight': ('h',)}),
   Feature(
     'factor of the numerator',
     scored(RelativeFactor(4), 'table', which='factor'),
-    {'table': (H, 33)},
+    {'table': ('h', 33)},
   ),
-  Feature('sinks', lambda sinks: {'sinks': sinks}, {'sinks': (H,)}),
+  Feature('sinks', lambda sinks: {'sinks': sinks}, {'sinks': ('h',)}),
   Feature('dropout', lambda: {'dropout': flash.Dropout(0.2, 1)}),
   Feature('partial results', lambda: {'return_partial': True}),
   Feature('bfloat16', masked(Causal()), dtype='bfloat16'),
@@ -178,7 +197,17 @@ def machine(name: str):
     if name == 'tpu':
       params = pltpu.InterpretParams(uninitialized_memory='nan')
       stack.enter_context(pltpu.force_tpu_interpret_mode(params))
+    if name == 'gpu':
+      stack.enter_context(interpreted())
     yield
+
+
+def own(feature: Feature, name: str) -> Feature:
+  """The feature in the type, and of the size, that suits an implementation."""
+  if name != 'gpu':
+    return feature
+  narrower = {'float32': 'float16'}.get(feature.dtype, feature.dtype)
+  return dataclasses.replace(feature, dtype=narrower, sizes=SMALL)
 
 
 def results(feature, name, blocks, wider=None):
@@ -189,8 +218,8 @@ def results(feature, name, blocks, wider=None):
   draw = lambda shape: jnp.asarray(rounded(shape), wider or feature.dtype)
   arrays = [draw(shape) for shape in feature.shapes]
   # Small: slopes of 1 at a distance of 100 would make scores of 100.
-  given = {k: draw(shape) / 8 for k, shape in feature.given.items()}
-  w = draw((B, T, H, feature.shapes[2][-1]))
+  given = {k: draw(feature.shape(*v)) / 8 for k, v in feature.given.items()}
+  w = draw(feature.shape('b', 't', 'h', feature.widths[1]))
   w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
 
   def loss(arrays, given):
@@ -222,6 +251,7 @@ def outcome(feature: Feature, name: str) -> str:
   Raises:
     AssertionError: it ran, and is further off than rounding explains.
   """
+  feature = own(feature, name)
   with jax.enable_x64(feature.dtype == 'float64'):
     blocks = flash.Blocks(64, 32) if name in ('plain', 'xla') else None
     try:
@@ -243,7 +273,9 @@ def outcome(feature: Feature, name: str) -> str:
 
 def derivatives(name: str) -> dict[str, str]:
   """Which modes of differentiation an implementation has."""
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 150, 1, 32)))
+  dtype = 'float16' if name == 'gpu' else 'float32'
+  x = np.random.default_rng(0).normal(size=(1, 150, 1, 32)).astype(dtype)
+  x = jnp.asarray(x)
   blocks = flash.Blocks(64, 32) if name in ('plain', 'xla') else None
   f = lambda x: jnp.sum(
     jnp.square(
@@ -266,7 +298,7 @@ def derivatives(name: str) -> dict[str, str]:
     try:
       with machine(name):
         result = jax.jit(form)(x)
-    except (TypeError, ValueError, NotImplementedError) as refusal:
+    except REFUSED as refusal:
       found[mode] = next(
         (why for said, why in REFUSALS.items() if said in str(refusal)), ''
       )
@@ -279,29 +311,46 @@ def derivatives(name: str) -> dict[str, str]:
   return found
 
 
+REFUSED = TypeError, ValueError, NotImplementedError, AssertionError
+NOT_TWICE = "JAX does not differentiate its kernels: use 'xla' or 'plain'"
 REFUSALS = {  # what JAX says, and what that means here
   "can't apply forward-mode": "its gradient is a rule of our own: use 'plain'",
   'Reverse-mode differentiation does not work for lax.while_loop': (
     "its backward pass is a loop of unknown length: use 'plain'"
   ),
-  'dynamic grid bounds unsupported': (
-    "JAX does not differentiate its kernels: use 'xla' or 'plain'"
-  ),
+  # Of kernels for TPUs, and of those for GPUs.
+  'dynamic grid bounds unsupported': NOT_TWICE,
+  'must override': NOT_TWICE,
 }
 
 
-def matrix(said: Callable[[str], None] = lambda line: None):
-  """Outcomes by feature, then by implementation."""
-  names = tuple(flash.BACKENDS)
-  rows: dict[str, dict[str, str]] = {}
+NAMES = tuple(name for name in flash.BACKENDS if name != 'cudnn')  # a library
+
+
+def column(name: str, said=lambda line: None) -> dict[str, str]:
+  """Outcomes of an implementation."""
+  found = {}
   for feature in FEATURES:
-    said(feature.name)
-    rows[feature.name] = {name: outcome(feature, name) for name in names}
-  for name in names:
-    said(f'derivatives of {name}')
-    for mode, found in derivatives(name).items():
-      rows.setdefault(mode, {})[name] = found
-  return rows
+    said(f'{name}: {feature.name}')
+    found[feature.name] = outcome(feature, name)
+  said(f'{name}: derivatives')
+  return found | derivatives(name)
+
+
+def elsewhere(name: str) -> dict[str, str]:
+  """The same, in a process as `gpu_interpreter` needs."""
+  return json.loads(devices.run('-m', 'tests.flash_matrix', name))
+
+
+def matrix() -> dict[str, dict[str, str]]:
+  """Outcomes by feature, then by implementation."""
+  columns = {
+    name: elsewhere(name) if name == 'gpu' else column(name, print)
+    for name in NAMES
+  }
+  return {
+    row: {name: columns[name][row] for name in NAMES} for row in columns['xla']
+  }
 
 
 def page(rows) -> str:
@@ -315,11 +364,10 @@ def page(rows) -> str:
       notes.append(found)
     return f'no ({notes.index(found) + 1})'
 
-  names = tuple(flash.BACKENDS)
   table = markdown(
-    ['', *(f'`{name}`' for name in names)],
+    ['', *(f'`{name}`' for name in NAMES)],
     [
-      [row, *(cell(cells[name]) for name in names)]
+      [row, *(cell(cells[name]) for name in NAMES)]
       for row, cells in rows.items()
     ],
   )
@@ -329,11 +377,18 @@ def page(rows) -> str:
     '# What attention can do, and where\n\n'
     'Written by `python -m tests.flash_matrix`, which ran every cell and '
     'compared it with `plain` in float64, for values and gradients; '
-    '`tests/test_flash_matrix.py` does so again. Kernels were interpreted.\n\n'
+    '`tests/test_flash_matrix.py` does so again. Kernels were interpreted. '
+    'Arrays were in float32 where a row says nothing else, for `gpu` in '
+    'float16. `cudnn` is a library, which says itself what it can do; it is '
+    'asked for a causal mask, a causal window or none, for tokens in order and '
+    'of one document, and nothing else.\n\n'
     f'{table}\n\n{reasons}\n\n## Implementations\n\n```\n{about}\n```\n'
   )
 
 
 if __name__ == '__main__':
-  PAGE.write_text(page(matrix(print)), encoding='utf-8')
-  print(f'Written: {PAGE}')
+  if sys.argv[1:]:
+    print(json.dumps(column(sys.argv[1])))
+  else:
+    PAGE.write_text(page(matrix()), encoding='utf-8')
+    print(f'Written: {PAGE}')

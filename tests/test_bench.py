@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from experiments import bench
+from experiments import bench, bench_models
 
 
 def test_softmax_in_small(tmp_path, capsys):
@@ -28,7 +28,7 @@ def test_masks_in_small(tmp_path):
 
 
 def test_growth_in_small(tmp_path, monkeypatch):
-  monkeypatch.setattr(bench, 'LENGTHS', (8, 16))
+  monkeypatch.setattr(bench_models, 'LENGTHS', (8, 16))
   chosen = ['--mechanism=linear', '--mechanism=s4d']
   bench.main(['growth', *chosen, '--turns=1', f'--out={tmp_path}'])
   page = (tmp_path / 'growth.md').read_text()
@@ -38,13 +38,13 @@ def test_growth_in_small(tmp_path, monkeypatch):
 
 
 def test_linear_time_is_read_off_the_specs():
-  names = bench.linear_time()
+  names = bench_models.linear_time()
   assert {'gated_linear', 's4d', 'sliding_window', 'base_conv'} <= set(names)
   assert not {'multi_head', 'moba', 'sigmoid'} & set(names)
 
 
 def test_ratios_are_within_a_turn():
-  assert bench.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 50.0]) == 2.0
+  assert bench_models.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 50.0]) == 2.0
 
 
 def test_unknown_section(capsys):

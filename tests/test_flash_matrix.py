@@ -30,13 +30,13 @@ def test_every_cell_is_there():
   rows = [*ROWS, *dict.fromkeys(modes)]
   assert len(set(modes)) == 4
   assert [(row, name) for row, name, _ in CELLS] == [
-    (row, name) for row in rows for name in flash.BACKENDS
+    (row, name) for row in rows for name in matrix.NAMES
   ]
 
 
 @pytest.mark.parametrize(
   ('row', 'name', 'said'),
-  [cell for cell in CELLS if cell[0] in ROWS],
+  [cell for cell in CELLS if cell[0] in ROWS and cell[1] != 'gpu'],
   ids=lambda x: x.replace(' ', '-')[:40],
 )
 def test_features(row, name, said):
@@ -45,9 +45,20 @@ def test_features(row, name, said):
   )
 
 
-@pytest.mark.parametrize('name', flash.BACKENDS)
+def column(name):
+  return {row: cell for row, which, cell in CELLS if which == name}
+
+
+def test_gpu():
+  """All of its cells in one process."""
+  assert matrix.elsewhere('gpu') == column('gpu'), (
+    'run python -m tests.flash_matrix'
+  )
+
+
+@pytest.mark.parametrize('name', [n for n in matrix.NAMES if n != 'gpu'])
 def test_derivatives(name):
-  said = {row: cell for row, which, cell in CELLS if which == name}
+  said = column(name)
   found = matrix.derivatives(name)
   assert found == {mode: said[mode] for mode in found}
 

@@ -145,12 +145,16 @@ def test_what_is_sent_is_hidden(chip):
 
 
 @pytest.mark.parametrize('compiler', ['h200'], indirect=True)
-def test_eight_gpus():
+@pytest.mark.parametrize('implementation', ['gpu', 'xla'])
+def test_eight_gpus(implementation):
   """Both laws. What is sent at the end, the gradients home, nothing hides."""
 
   def attend(q, k, v):
     return sequence.attention(
-      *(q, k, v), mask=Causal(), strategy='ring', implementation='xla'
+      *(q, k, v),
+      mask=Causal(),
+      strategy='ring',
+      implementation=implementation,
     )
 
   two, four, eight = (

@@ -5,6 +5,8 @@ One set of semantics for every implementation:
   plain   JAX differentiates it: forward mode, any order of derivative
   xla     the same tiles with a gradient written by hand
   tpu     kernels for TPUs, in which stages of different tiles overlap
+  gpu     kernels for Hopper GPUs, in which warpgroups take turns
+  cudnn   the kernels of cuDNN, for what they mean the same by
 
   o = flash.attention(q, k, v, mask=masks.Causal())
 
@@ -20,7 +22,7 @@ from jax.typing import ArrayLike
 from pallas_kernels import dispatch
 from pallas_kernels.blocks import Blocks, chip
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.flash import plain, tpu, xla
+from pallas_kernels.flash import cudnn, gpu, plain, tpu, xla
 from pallas_kernels.flash.partial import Partial, finish, merge, sink
 from pallas_kernels.masks import Everything, Mask
 from pallas_kernels.problem import Over, problem
@@ -37,7 +39,19 @@ __all__ = [
 ]
 
 EVERYTHING = Everything()
-BACKENDS = {'plain': plain.ENGINE, 'xla': xla.ENGINE, 'tpu': tpu.ENGINE}
+BACKENDS = {
+  'plain': plain.ENGINE,
+  'xla': xla.ENGINE,
+  'tpu': tpu.ENGINE,
+  'gpu': gpu.ENGINE,
+  'cudnn': cudnn.ENGINE,
+}
+# By a part of what JAX calls the device.
+PREFERRED = {
+  'TPU': ('tpu', 'xla'),
+  'NVIDIA': ('gpu', 'cudnn', 'xla'),
+  '': ('xla',),
+}
 
 
 def attention(
@@ -92,7 +106,9 @@ def attention(
     scale: a Python number that multiplies q . k; by default 1 / sqrt(d).
     softcap: if given, scores become softcap tanh(score / softcap).
     dropout: of the weights, after the softmax.
-    implementation: 'plain', 'xla' or 'tpu'; None chooses by the device.
+    implementation: one of those above; None chooses by the device: on a TPU
+      'tpu', on an NVIDIA GPU 'gpu', else 'cudnn'; what they refuse is for
+      'xla'.
     blocks: sides of the tiles; by default chosen from the lengths.
     return_partial: return a Partial, to be merged with attention to other keys
       and finished.
@@ -137,9 +153,13 @@ def attention(
       'plain': lambda: None,
       'xla': lambda: None,
       'tpu': lambda: tpu.refuses(rule, q, k, v, extras, query),
+      'gpu': lambda: gpu.refuses(rule, q, k, v, extras, query),
+      'cudnn': lambda: cudnn.refuses(
+        rule, q, k, v, extras, query, over is not None
+      ),
     },
     implementation,
-    ('tpu', 'xla') if chip().startswith('TPU') else ('xla',),
+    next(names for make, names in PREFERRED.items() if make in chip()),
   )
   engine = BACKENDS[name]
   run = engine.attend if over is None else over(engine)

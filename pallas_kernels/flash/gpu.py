@@ -14,8 +14,12 @@ So nothing is added up by two blocks, and results are the same in every run.
 Heads wider than 128 have dk and dv made by two kernels, for one warpgroup has
 registers for one of the two sums.
 
-It has been compiled for an H200 and interpreted, and has not run on hardware;
-`attention` does not choose it yet.
+They have been compiled for an H200 and interpreted, and have not run on
+hardware: `python -m experiments.bench --kernels --gpu` is what to run there.
+
+A modification of scores is done as `gpu_scores` says; the gradients of what it
+reads are for `xla` to find, which is left out where nobody asks for them.
+Widths of heads are filled up with zeros to 64, 128 or 256.
 
 Which tiles are visited stands in a table (`runs`). Those that need no mask come
 first and the others after them, so that each kind has a loop of its own; sums
@@ -26,7 +30,10 @@ import dataclasses
 import functools
 import inspect
 import math
+import re
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -34,10 +41,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import masks, runs
-from pallas_kernels.blocks import Tile
+from pallas_kernels.blocks import Tile, chip
 from pallas_kernels.flash import tpu_layout as layout
+from pallas_kernels.flash import xla
+from pallas_kernels.flash.gpu_scores import COARSE, Modification
+from pallas_kernels.flash.partial import MONOID
 from pallas_kernels.masks import Side, Tokens
-from pallas_kernels.problem import Extras, one_segment
+from pallas_kernels.problem import (
+  Engine,
+  Extras,
+  Operands,
+  Rule,
+  alike,
+  floats,
+  one_segment,
+  reverse,
+)
 
 LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
 LOG2E = math.log2(math.e)
@@ -47,6 +66,47 @@ BLOCK = COMPUTE * ROWS
 # Registers of a thread that computes, and of one that fetches. Three warpgroups
 # have 168 each to begin with.
 MANY, FEW = 240, 24
+WIDTHS = 64, 128, 256  # of heads, that the kernels have
+HOPPER = re.compile(r'\b(H100|H200|H800|H20|GH200)\b')
+
+
+def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
+  """Why this backend cannot serve a call, or None; arguments as of `attend`."""
+  d, e = q.shape[3], v.shape[3]
+  if chip() != 'cpu' and not HOPPER.search(chip()):
+    return f'it is for Hopper GPUs, as an H100 or H200, not {chip()}'
+  if 0 in (*q.shape, *k.shape, *v.shape):
+    return f'there is nothing in q {q.shape}, k {k.shape} or v {v.shape}'
+  if not q.dtype == k.dtype == v.dtype:
+    return f'q, k and v differ in type: {q.dtype}, {k.dtype}, {v.dtype}'
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f'it is for bfloat16 and float16, not {q.dtype}'
+  if max(d, e) > WIDTHS[-1]:
+    return f'heads are at most {WIDTHS[-1]} wide, not {max(d, e)}'
+  for function in _functions(rule, extras, query).values():
+    if function is not None and function.lacks:
+      lacks = ', '.join(function.lacks)
+      return f'what happens to scores uses {lacks}, which its compiler lacks'
+  return None
+
+
+def _functions(rule, extras, query) -> dict[str, Modification | None]:
+  """What happens to scores and to weights, by the names that `Plan` has."""
+  rule, tags = rule.elementwise(), query.side.tags or {}
+  of = lambda fn, own: Modification.of(fn, own, tags) if own else None
+  return {
+    'scored': of(rule.scored, extras._replace(weights=())),
+    'weighed': of(rule.weighed, Extras(weights=extras.weights)),
+  }
+
+
+def attend(rule, q, k, v, extras, query, key):
+  """Finished o, m and l; arguments as in `problem`.
+
+  Differentiate it in reverse mode.
+  """
+  inputs = alike((q, k, v, extras), (query, key))
+  return _attend(rule, *inputs, query, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +115,38 @@ class Plan(layout.Plan):
 
   Attributes:
     stages: tiles that are there or on their way.
+    scored, weighed: what happens to scores and to weights, or None.
   """
 
   stages: int
+  scored: Modification | None
+  weighed: Modification | None
 
   def slot(self, n):
     """In which buffer the n-th tile is."""
     return lax.rem(n, jnp.int32(self.stages))
+
+  @property
+  def exact(self):
+    """Whether coarse forms of what happens to scores would be too coarse."""
+    functions = self.scored, self.weighed
+    return any(f is not None and f.operations & COARSE for f in functions)
 
   def row(self, b):
     """Which row of tokens belongs to row b of the batch."""
     return b if self.rows > 1 else 0
 
 
-def make(rule, q, k, v, query, key, side_q, side_k, stages=2) -> Plan:
+def make(rule, q, k, v, extras, query, key, side_q, side_k, stages=2) -> Plan:
   tile = Tile(side_q, side_k, side_k, side_q)
-  found = layout.known(rule, q, k, v, Extras(), query, key, tile)
-  return Plan(**found, stages=stages)
+  found = layout.known(rule, q, k, v, extras, query, key, tile)
+  found |= {'d': _width(found['d']), 'e': _width(found['e'])}
+  return Plan(**found, stages=stages, **_functions(rule, extras, query))
+
+
+def _width(d):
+  """How wide a head is in the kernels."""
+  return next(width for width in WIDTHS if d <= width)
 
 
 class Order:
@@ -138,14 +213,18 @@ def iota(shape, axis):
 WITH_INDEX = 'idx' in inspect.signature(plgpu.load).parameters  # jax 0.10
 
 
+def load(ref, axes):
+  """From far memory, in pieces: what lies along these axes of a tile."""
+  layout = plgpu.Layout.WGMMA
+  for axis in {0, 1} - set(axes):
+    layout = layout.reduce(axis)
+  index = ((),) if WITH_INDEX else ()
+  return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
 def along(ref, shape, axis):
   """The numbers of a row in memory, along one axis of a tile."""
-  row = plgpu.load(
-    *((ref, ()) if WITH_INDEX else (ref,)),
-    layout=plgpu.Layout.WGMMA.reduce(1 - axis),
-    optimized=False,  # it comes from far memory, in pieces
-  )
-  return lax.broadcast_in_dim(row, shape, [axis])
+  return lax.broadcast_in_dim(load(ref, [axis]), shape, [axis])
 
 
 def across(row, shape):
@@ -198,17 +277,95 @@ def visit_all(plan, visit, clear, total, carry):
   return lax.fori_loop(clear, total, masked, carry)
 
 
-def masked_scores(rule, plan, x, tokens, starts, axes):
-  """x where the query sees the key, else -inf.
+@dataclasses.dataclass
+class Pairs:
+  """The queries and keys of one tile, and what bears on their scores.
 
-  tokens, starts and axes are pairs, of queries and of keys: refs 'f t' or None,
-  where the tile begins, and along which axis of x they lie.
+  Attributes:
+    more: refs of tokens 'f t' and of extras, see `_more`.
+    place: (row of the batch, query head).
+    starts: where the queries of the tile begin, and where its keys do.
+    axes: along which axis of it queries lie, and along which keys.
+    shape: of the tile.
   """
-  query, key = (
-    _standing(plan, ref, start, x.shape, axis, plan.s if at else None)
-    for at, (ref, start, axis) in enumerate(zip(tokens, starts, axes))
-  )
-  return jnp.where(masks.sees(rule.mask, query, key), x, -jnp.inf)
+
+  rule: Rule
+  plan: Plan
+  more: dict[str, Any]
+  place: tuple
+  starts: tuple
+  axes: tuple[int, int]
+  shape: tuple[int, int]
+
+  def scores(self, x, masked):
+    """x = q k modified and masked, and the derivative, or None if constant."""
+    slope = None
+    if self.plan.scored is not None:
+      own = self.more['extras']._replace(weights=())
+      x, slope = self._modified(self.plan.scored, x * self.rule.scale, own)
+    if masked:
+      x = jnp.where(masks.sees(self.rule.mask, *self._tokens), x, -jnp.inf)
+    return x, slope
+
+  @property
+  def unit(self):
+    """What makes a score of `scores` the logarithm of a weight to base 2."""
+    return LOG2E * (1 if self.plan.scored is not None else self.rule.scale)
+
+  def weights(self, p):
+    """p as it is in the numerator, and the derivative, or None if it is 1."""
+    if self.plan.weighed is None:
+      return p, None
+    own = Extras(weights=self.more['extras'].weights)
+    return self._modified(self.plan.weighed, p, own)
+
+  @functools.cached_property
+  def _tokens(self) -> list[Tokens]:
+    row = self.plan.row(self.place[0])
+    refs = self.more['query'], self.more['key']
+    return [
+      _standing(
+        *(self.plan, None if ref is None else ref.at[row], start),
+        *(self.shape, axis, length),
+      )
+      for ref, start, axis, length in zip(
+        refs, self.starts, self.axes, (None, self.plan.s)
+      )
+    ]
+
+  def _modified(self, function, x, extras):
+    sides = (tokens.side for tokens in self._tokens)
+    own = lambda group: tuple(map(self._operands, group))
+    bias = extras.bias
+    if bias is not None:
+      bias = load(self._here(bias, 0, 1), (0, 1)).astype(jnp.float32)
+    extras = Extras(own(extras.scores), own(extras.weights), bias)
+    return function(x, *sides, extras)
+
+  def _operands(self, own: Operands):
+    def numbers(ref):
+      found = np.empty((1, *ref.shape[1:]), object)
+      for at in np.ndindex(*ref.shape[1:]):
+        found[0, *at] = ref[self.place[1], *at]
+      return found
+
+    of_tokens = lambda refs, side: tuple(
+      along(self._here(ref, side), self.shape, self.axes[side]) for ref in refs
+    )
+    return Operands(
+      tuple(map(numbers, own.heads)),
+      of_tokens(own.queries, 0),
+      of_tokens(own.keys, 1),
+    )
+
+  def _here(self, ref, *sides):
+    """Of 'b h ...', with 1 where shared, what lies along sides of the tile."""
+    cut = {
+      self.axes[side]: pl.ds(self.starts[side], self.shape[self.axes[side]])
+      for side in sides
+    }
+    where = (cut[axis] for axis in sorted(cut))
+    return ref.at[*layout.pick(ref, *self.place), *where]
 
 
 def _standing(plan, ref, start, shape, axis, length) -> Tokens:
@@ -231,13 +388,12 @@ def _standing(plan, ref, start, shape, axis, length) -> Tokens:
 
 
 def _forward_kernel(rule, plan, ins, outs, scratch):
-  q, k, v, table, query, key = ins
+  q, k, v, table, more = ins
   qs, ks, vs, q_come, k_come, v_come, k_gone, v_gone, turn = scratch
   b, h, i = (lax.axis_index(name) for name in ('batch', 'head', 'block'))
   i = plan.blocks_q - 1 - i  # under a causal mask the longest first
   group = lax.axis_index('warpgroup')
-  row = plan.row(b)
-  order = Order(table, row * plan.blocks_q + i)
+  order = Order(table, plan.row(b) * plan.blocks_q + i)
   total = order.total
 
   def hand_over():
@@ -250,7 +406,7 @@ def _forward_kernel(rule, plan, ins, outs, scratch):
     start = i * plan.tile.q + group * ROWS
     here = pl.ds(start, ROWS)
     stay(group, (qs, q.at[b, here, h], q_come))
-    tile, unit = (ROWS, plan.tile.k), rule.scale * LOG2E
+    tile = ROWS, plan.tile.k
     _wait_if(total > 0, k_come.at[0])
     pl.when(group == 1)(hand_over)
 
@@ -259,16 +415,15 @@ def _forward_kernel(rule, plan, ins, outs, scratch):
       at = plan.slot(n)
       x = product(qs.at[group], ks.at[at], tile, hand_over)
       plgpu.barrier_arrive(k_gone.at[at])
-      if masked:
-        x = masked_scores(
-          *(rule, plan, x, (query.at[row], key.at[row])),
-          *((start, order.tile(n) * plan.tile.k), (0, 1)),
-        )
-      new = jnp.maximum(m, x.max(axis=1) * unit)
+      starts = start, order.tile(n) * plan.tile.k
+      pairs = Pairs(rule, plan, more, (b, h), starts, (0, 1), tile)
+      x, _ = pairs.scores(x, masked)
+      new = jnp.maximum(m, x.max(axis=1) * pairs.unit)
       factor = jnp.exp2(m - new)
-      p = jnp.exp2(x * unit - across(new, tile))
+      p = jnp.exp2(x * pairs.unit - across(new, tile))
       o *= across(factor, o.shape)
       l = l * factor + p.sum(axis=1)  # noqa: E741
+      p, _ = pairs.weights(p)
       # All of this before the turn is handed over, and nothing of it after.
       o, l, m, p = lax.optimization_barrier((o, l, new, p.astype(plan.dtype)))  # noqa: E741
       plgpu.barrier_arrive(turn)
@@ -312,37 +467,48 @@ def _forward_kernel(rule, plan, ins, outs, scratch):
 
 def forward(rule, q, k, v, extras, query, key):
   """The finished o, m and l; arguments as in `problem`."""
-  del extras
-  side = 128 if max(q.shape[3], v.shape[3]) <= 128 else 64
-  plan = make(rule, q, k, v, query, key, BLOCK, side)
+  # What happens to scores needs registers, as wide heads do.
+  narrow = max(q.shape[3], v.shape[3]) <= 128 and not extras
+  side = 128 if narrow else 64
+  plan = make(rule, q, k, v, extras, query, key, BLOCK, side)
   rows = plan.like((plan.b, plan.h, plan.long_q), jnp.float32)
   short = plan.d == plan.e and rule.dtype == plan.dtype
   dtype = rule.dtype if short else jnp.float32
   o = plan.like((plan.b, plan.long_q, plan.h, plan.e), dtype)
   o, m, l = _call(  # noqa: E741
-    *(rule, plan, _forward_kernel, 'flash_forward', True, query, key),
-    ins=(_long(plan, q, True), _long(plan, k), _long(plan, v)),
+    *(rule, plan, _forward_kernel, 'flash_forward', True, extras, query, key),
+    ins=(
+      _filled(q, plan.long_q, plan.d),
+      _filled(k, plan.long_k, plan.d),
+      _filled(v, plan.long_k, plan.e),
+    ),
     outs=[o, rows, rows],
     stays=(plan.d,),
     passes=(plan.d, plan.e),
     turn=True,
   )
   m, l = (jnp.swapaxes(x, 1, 2)[:, : plan.t] for x in (m, l))  # noqa: E741
-  return o[:, : plan.t].astype(rule.dtype), m, l
+  o = o[:, : plan.t, :, : v.shape[3]]
+  return o.astype(rule.dtype), m, l
 
 
 # --------------------------------------------------------------------- backward
 
 
+def gradient(p, dw, delta, slope, factor):
+  """Of the scores, where slope and factor are derivatives or None for 1."""
+  dx = p * ((dw if factor is None else dw * factor) - delta)
+  return dx if slope is None else dx * slope
+
+
 def _queries_kernel(rule, plan, ins, outs, scratch):
   """dq: a block of queries stays."""
-  q, k, v, do, lse, delta, table, query, key = ins
+  q, k, v, do, lse, delta, table, more = ins
   qs, dos, ks, vs, q_come, do_come, k_come, v_come, k_gone, v_gone = scratch
   b, h, i = (lax.axis_index(name) for name in ('batch', 'head', 'block'))
   i = plan.blocks_q - 1 - i
   group = lax.axis_index('warpgroup')
-  row = plan.row(b)
-  order = Order(table, row * plan.blocks_q + i)
+  order = Order(table, plan.row(b) * plan.blocks_q + i)
 
   @pl.when(group < COMPUTE)
   def _():
@@ -359,16 +525,15 @@ def _queries_kernel(rule, plan, ins, outs, scratch):
       at = plan.slot(n)
       plgpu.barrier_wait(k_come.at[at])
       x = product(qs.at[group], ks.at[at], tile)
-      if masked:
-        x = masked_scores(
-          *(rule, plan, x, (query.at[row], key.at[row])),
-          *((start, order.tile(n) * plan.tile.k), (0, 1)),
-        )
-      p = jnp.exp2(x * (rule.scale * LOG2E) - most)
+      starts = start, order.tile(n) * plan.tile.k
+      pairs = Pairs(rule, plan, more, (b, h), starts, (0, 1), tile)
+      x, slope = pairs.scores(x, masked)
+      p = jnp.exp2(x * pairs.unit - most)
       plgpu.barrier_wait(v_come.at[at])
       dp = product(dos.at[group], vs.at[at], tile)
       plgpu.barrier_arrive(v_gone.at[at])
-      dq = added(dq, (p * (dp - less)).astype(plan.dtype), ks.at[at])
+      dx = gradient(p, dp, less, slope, pairs.weights(p)[1])
+      dq = added(dq, dx.astype(plan.dtype), ks.at[at])
       plgpu.barrier_arrive(k_gone.at[at])
       return dq
 
@@ -388,12 +553,11 @@ def _queries_kernel(rule, plan, ins, outs, scratch):
 
 def _keys_kernel(wanted, rule, plan, ins, outs, scratch):
   """dk and dv, or one of them: a block of keys and values stays."""
-  q, k, v, do, lse, delta, table, query, key = ins
+  q, k, v, do, lse, delta, table, more = ins
   ks, vs, qs, dos, k_come, v_come, q_come, do_come, q_gone, do_gone = scratch
   b, head, j = (lax.axis_index(name) for name in ('batch', 'head', 'block'))
   group = lax.axis_index('warpgroup')
-  row = plan.row(b)
-  order = Order(table, row * plan.blocks_k + j)
+  order = Order(table, plan.row(b) * plan.blocks_k + j)
   clear, total = plan.group * order.clear, plan.group * order.total
 
   def place(n):
@@ -425,20 +589,18 @@ def _keys_kernel(wanted, rule, plan, ins, outs, scratch):
       most = along(lse.at[b, h, there], tile, 1)
       plgpu.barrier_wait(q_come.at[at])
       x = product(ks.at[group], qs.at[at], tile)
-      if masked:
-        x = masked_scores(
-          *(rule, plan, x, (query.at[row], key.at[row])),
-          *((begin, start), (1, 0)),
-        )
-      p = jnp.exp2(x * (rule.scale * LOG2E) - most)
+      pairs = Pairs(rule, plan, more, (b, h), (begin, start), (1, 0), tile)
+      x, slope = pairs.scores(x, masked)
+      p = jnp.exp2(x * pairs.unit - most)
+      w, factor = pairs.weights(p)
       plgpu.barrier_wait(do_come.at[at])
       if 'dv' in sums:
-        sums['dv'] = added(sums['dv'], p.astype(plan.dtype), dos.at[at])
+        sums['dv'] = added(sums['dv'], w.astype(plan.dtype), dos.at[at])
       if 'dk' in sums:
         dp = product(vs.at[group], dos.at[at], tile)
         less = along(delta.at[b, h, there], tile, 1)
-        dx = (p * (dp - less)).astype(plan.dtype)
-        sums['dk'] = added(sums['dk'], dx, qs.at[at])
+        dx = gradient(p, dp, less, slope, factor)
+        sums['dk'] = added(sums['dk'], dx.astype(plan.dtype), qs.at[at])
       plgpu.barrier_arrive(do_gone.at[at])
       plgpu.barrier_arrive(q_gone.at[at])
       return sums
@@ -465,8 +627,11 @@ def _keys_kernel(wanted, rule, plan, ins, outs, scratch):
 
 
 def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
-  """dq, dk, dv, and None for extras; m is a constant."""
-  del dm, extras
+  """dq, dk, dv and the gradient of extras; m is a constant."""
+  dextras = floats(extras)
+  if jax.tree.leaves(dextras):
+    inputs = rule, q, k, v, extras, query, key, o, m, l, do, dm, dl
+    *_, dextras = xla.backward(*inputs)
   seen = l > 0
   lse = m * LOG2E + jnp.log2(jnp.where(seen, l, 1))
   known = (
@@ -481,10 +646,16 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
       jnp.pad(jnp.swapaxes(x, 1, 2), rest, constant_values=fill)
       for x, fill in known
     ]
-    long = [_long(plan, x, x is q or x is do) for x in (q, k, v, do)]
     return _call(
-      *(rule, plan, kernel, 'flash_backward_' + name, by_query, query, key),
-      ins=(*long, *rows),
+      *(rule, plan, kernel, 'flash_backward_' + name, by_query),
+      *(extras, query, key),
+      ins=(
+        _filled(q, plan.long_q, plan.d),
+        _filled(k, plan.long_k, plan.d),
+        _filled(v, plan.long_k, plan.e),
+        _filled(do, plan.long_q, plan.e),
+        *rows,
+      ),
       outs=outs,
       stays=(plan.d, plan.e),
       passes=(plan.d, plan.e),
@@ -493,10 +664,10 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
   both = max(q.shape[3], v.shape[3]) <= 128
   # Of wide heads shared memory holds but one tile that passes by.
   stages = 2 if both else 1
-  plan = make(rule, q, k, v, query, key, BLOCK, 64, stages)
+  plan = make(rule, q, k, v, extras, query, key, BLOCK, 64, stages)
   dq = plan.like((plan.b, plan.long_q, plan.h, plan.d), jnp.float32)
   (dq,) = call(plan, _queries_kernel, 'dq', True, [dq])
-  plan = make(rule, q, k, v, query, key, 64, BLOCK, stages)
+  plan = make(rule, q, k, v, extras, query, key, 64, BLOCK, stages)
   found = {
     'dk': plan.like((plan.b, plan.long_k, plan.heads, plan.d), jnp.float32),
     'dv': plan.like((plan.b, plan.long_k, plan.heads, plan.e), jnp.float32),
@@ -506,8 +677,13 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
     outs = [found[name] for name in wanted]
     outs = call(plan, kernel, '_'.join(wanted), False, outs)
     found |= dict(zip(wanted, outs))
-  dk, dv = (found[name][:, : plan.s] for name in ('dk', 'dv'))
-  return dq[:, : plan.t], dk, dv, None
+  cut = lambda dx, x: dx[:, : x.shape[1], :, : x.shape[3]]
+  return cut(dq, q), cut(found['dk'], k), cut(found['dv'], v), dextras
+
+
+# Looked up when called, as everything in a module is.
+_attend = reverse(lambda *x: forward(*x), lambda *x: backward(*x))
+ENGINE = Engine(attend, forward, backward, MONOID)
 
 
 # ------------------------------------------------------------------------ calls
@@ -519,6 +695,7 @@ def _call(
   kernel,
   name,
   by_query,
+  extras,
   query,
   key,
   ins,
@@ -527,7 +704,7 @@ def _call(
   passes,
   turn=False,
 ):
-  """Runs a kernel: ins, a table, tokens -> outs.
+  """Runs a kernel: ins, a table, tokens and extras -> outs.
 
   Args:
     by_query: blocks of queries stay, and so one is what a block is of.
@@ -550,36 +727,61 @@ def _call(
     *[gone] * len(passes),
     *[plgpu.Barrier(num_arrivals=COMPUTE)] * turn,
   ]
-  tokens = (
-    layout.lay_tokens(plan, query, plan.long_q),
-    layout.lay_tokens(plan, key, plan.long_k),
-  )
-  if not plan.tokens:
-    tokens = (jnp.zeros((plan.rows, 1, 1), jnp.int32),) * 2  # nobody reads them
-  ins = (*ins, table, *tokens)
+  more = _more(plan, extras, query, key, by_query)
+  leaves, tree = jax.tree.flatten((*ins, table, more))
   heads = plan.h if by_query else plan.heads
   blocks = plan.blocks_q if by_query else plan.blocks_k
 
   def body(*refs):
-    ends = len(ins), len(ins) + len(outs)
-    kernel(
-      rule, plan, refs[: ends[0]], refs[ends[0] : ends[1]], refs[ends[1] :]
-    )
+    ends = len(leaves), len(leaves) + len(outs)
+    ins = tree.unflatten(refs[: ends[0]])
+    kernel(rule, plan, ins, refs[ends[0] : ends[1]], refs[ends[1] :])
 
-  return plgpu.kernel(
+  outs = plgpu.kernel(
     body,
     out_type=outs,
     scratch_types=scratch,
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    compiler_params=plgpu.CompilerParams(approx_math=not plan.exact),
     grid=(heads, blocks, plan.b),
     grid_names=('head', 'block', 'batch'),
     num_threads=COMPUTE + 1,
     thread_name='warpgroup',
     kernel_name=name,
-  )(*ins)
+  )(*leaves)
+  # Under shard_map they vary as what they are made of: it does not say so.
+  for_all = lambda x: (
+    plan.varying.varying - jax.typeof(x).manual_axis_type.varying
+  )
+  return [
+    lax.pcast(x, tuple(sorted(axes)), to='varying')
+    if (axes := for_all(x))
+    else x
+    for x in outs
+  ]
 
 
-def _long(plan, x, of_queries=False):
-  """'b t h d', filled up to whole tiles."""
-  more = (plan.long_q if of_queries else plan.long_k) - x.shape[1]
-  return jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) if more else x
+def _more(plan, extras, query, key, by_query):
+  """What kernels read of tokens, 'f t', and of extras; None where nothing."""
+
+  def own(one):
+    laid = layout.lay_operands(plan, one)
+    flat = lambda xs: tuple(x[:, :, 0] for x in xs)
+    return Operands(one.heads, flat(laid.queries), flat(laid.keys))
+
+  bias = layout.lay_bias(plan, extras.bias)
+  if bias is not None and by_query:
+    bias = bias.mT
+  return {
+    'query': layout.lay_tokens(plan, query, plan.long_q),
+    'key': layout.lay_tokens(plan, key, plan.long_k),
+    'extras': Extras(
+      tuple(map(own, extras.scores)), tuple(map(own, extras.weights)), bias
+    ),
+  }
+
+
+def _filled(x, length, width):
+  """'b t h d' with zeros behind, up to whole tiles."""
+  more = length - x.shape[1], width - x.shape[3]
+  fill = (0, 0), (0, more[0]), (0, 0), (0, more[1])
+  return jnp.pad(x, fill) if any(more) else x

@@ -29,7 +29,6 @@ A modification of scores sees a tile with its last two axes exchanged: it has to
 be elementwise in them.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -77,7 +76,7 @@ NOT_ELEMENTWISE = {
 
 def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
   """Why this backend cannot serve a call, or None; arguments as of `attend`."""
-  rule = _elementwise(rule)
+  rule = rule.elementwise()
   d, e = q.shape[3], v.shape[3]
   if chip() in OLD:
     return f'it is for TPU v4 and later, not {chip()}'
@@ -100,16 +99,6 @@ def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
       name = getattr(fn, '__name__', type(fn).__name__)
       return f'{name} is not elementwise: it uses {", ".join(sorted(moves))}'
   return None
-
-
-def _elementwise(rule: Rule) -> Rule:
-  """The rule with functions that gather replaced by those that need not."""
-  own = lambda fn: fn.elementwise() if hasattr(fn, 'elementwise') else fn
-  return dataclasses.replace(
-    rule,
-    scores=tuple(map(own, rule.scores)),
-    weights=tuple(map(own, rule.weights)),
-  )
 
 
 def _primitives(fn, own: Operands, tags) -> set[str]:
@@ -152,7 +141,7 @@ def attend(rule, q, k, v, extras, query, key):
   Differentiate it in reverse mode.
   """
   inputs = alike((q, k, v, extras), (query, key))
-  return _attend(_elementwise(rule), *inputs, query, key)
+  return _attend(rule.elementwise(), *inputs, query, key)
 
 
 # ---------------------------------------------------------------------- forward
