@@ -325,6 +325,17 @@ def one_segment(tokens: Tokens) -> Tokens:
   return tokens._replace(segments=jnp.ones_like(tokens.side.order))
 
 
+def unfit(q, k, v, dtypes: tuple[str, str]) -> str | None:
+  """Why kernels for two types cannot take these arrays, or None."""
+  if 0 in (*q.shape, *k.shape, *v.shape):
+    return f'there is nothing in q {q.shape}, k {k.shape} or v {v.shape}'
+  if not q.dtype == k.dtype == v.dtype:
+    return f'q, k and v differ in type: {q.dtype}, {k.dtype}, {v.dtype}'
+  if q.dtype.name not in dtypes:
+    return f'it is for {" and ".join(dtypes)}, not {q.dtype}'
+  return None
+
+
 def accumulator(x: ArrayLike) -> np.dtype:
   """What sums over keys are kept in."""
   return jnp.promote_types(jnp.float32, x.dtype)

@@ -6,10 +6,9 @@ over keys that others could add to.
 """
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.masks import And, Causal, Everything, Mask, Tokens, Window
-from pallas_kernels.problem import Engine, Extras, Rule
+from pallas_kernels.problem import Engine, Extras, Rule, unfit
 
 
 def refuses(
@@ -26,12 +25,8 @@ def refuses(
     return 'it is for tokens in order, of one document'
   if spread or rule.dtype != q.dtype:
     return 'it has no partial results, and so no sinks'
-  if not q.dtype == k.dtype == v.dtype:
-    return f'q, k and v differ in type: {q.dtype}, {k.dtype}, {v.dtype}'
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f'it is for bfloat16 and float16, not {q.dtype}'
-  if 0 in (*q.shape, *k.shape, *v.shape):
-    return f'there is nothing in q {q.shape}, k {k.shape} or v {v.shape}'
+  if why := unfit(q, k, v, ('bfloat16', 'float16')):
+    return why
   if q.shape[3] != v.shape[3]:
     return f'values have to be as wide as keys, {q.shape[3]}, not {v.shape[3]}'
   if _arguments(rule.mask) is None:

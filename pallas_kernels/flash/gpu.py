@@ -56,6 +56,7 @@ from pallas_kernels.problem import (
   floats,
   one_segment,
   reverse,
+  unfit,
 )
 
 LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
@@ -75,12 +76,8 @@ def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
   d, e = q.shape[3], v.shape[3]
   if chip() != 'cpu' and not HOPPER.search(chip()):
     return f'it is for Hopper GPUs, as an H100 or H200, not {chip()}'
-  if 0 in (*q.shape, *k.shape, *v.shape):
-    return f'there is nothing in q {q.shape}, k {k.shape} or v {v.shape}'
-  if not q.dtype == k.dtype == v.dtype:
-    return f'q, k and v differ in type: {q.dtype}, {k.dtype}, {v.dtype}'
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f'it is for bfloat16 and float16, not {q.dtype}'
+  if why := unfit(q, k, v, ('bfloat16', 'float16')):
+    return why
   if max(d, e) > WIDTHS[-1]:
     return f'heads are at most {WIDTHS[-1]} wide, not {max(d, e)}'
   for function in _functions(rule, extras, query).values():

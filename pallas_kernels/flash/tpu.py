@@ -50,6 +50,7 @@ from pallas_kernels.problem import (
   alike,
   floats,
   reverse,
+  unfit,
 )
 
 LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
@@ -80,12 +81,8 @@ def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
   d, e = q.shape[3], v.shape[3]
   if chip() in OLD:
     return f'it is for TPU v4 and later, not {chip()}'
-  if 0 in (*q.shape, *k.shape, *v.shape):
-    return f'there is nothing in q {q.shape}, k {k.shape} or v {v.shape}'
-  if not q.dtype == k.dtype == v.dtype:
-    return f'q, k and v differ in type: {q.dtype}, {k.dtype}, {v.dtype}'
-  if q.dtype not in (jnp.bfloat16, jnp.float32):
-    return f'it is for bfloat16 and float32, not {q.dtype}'
+  if why := unfit(q, k, v, ('bfloat16', 'float32')):
+    return why
   if max(d, e) > 256:
     return f'heads are at most 256 wide, not {max(d, e)}'
   numbers = len(layout.kinds(floats(extras))['queries'])
