@@ -138,8 +138,8 @@ class Engine(NamedTuple):
   monoid: Monoid | None = None
 
 
-# How an engine serves many devices that each hold a part: as another `attend`.
-Over = Callable[[Engine], Callable[..., tuple]]
+# How an engine serves many devices that each hold a part: as another engine.
+Over = Callable[[Engine], Engine]
 
 
 def problem(

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import masks
+from pallas_kernels import flash, masks
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import plain, tpu
@@ -128,7 +129,8 @@ def seen(mask, t, s, given):
   """`b t s`, pair by pair."""
   at = lambda name, default: jnp.atleast_2d(given.get(name, default))
   query = masks.Side(at('query_order', np.arange(t))[..., None], {})
-  key = masks.Side(at('key_order', np.arange(s))[:, None], {})
+  tags = {n: x[..., None, :] for n, x in given.get('key_tags', {}).items()}
+  key = masks.Side(at('key_order', np.arange(s))[:, None], tags)
   one = at('query_segments', np.ones(t, int))[..., None]
   other = at('key_segments', np.ones(s, int))[:, None]
   return mask(query, key) & (one == other) & (other != 0)
@@ -439,3 +441,32 @@ def test_lowers(name):
     jax.jit(jax.grad(loss, (0, 1, 2))), platforms=['tpu']
   )(q, k, v)
   assert 'flash_backward' in exported.mlir_module()
+
+
+def twice(name, dtype):
+  """Tries each way to a second derivative, and says where it fails."""
+  x = jnp.ones((1, 140, 1, 32), dtype)
+  loss = lambda x: jnp.sum(flash.attention(x, x, x, implementation=name))
+  gradient = jax.grad(loss)
+  ways = {
+    'reverse over reverse': jax.grad(lambda x: jnp.vdot(x, gradient(x))),
+    'forward over reverse': lambda x: jax.jvp(gradient, (x,), (x,)),
+    'hessian': jax.hessian(loss),
+    'through a loop': jax.grad(
+      lambda x: lax.scan(lambda x, _: (gradient(x), None), x, None, 2)[0].sum()
+    ),
+  }
+  jax.eval_shape(gradient, x)
+  for way, form in ways.items():
+    for run in (form, jax.jit(form)):
+      with pytest.raises(NotImplementedError) as refusal:
+        jax.eval_shape(run, x)
+      said = str(refusal.value)
+      assert said.startswith(f'attention, implementation={name!r}: '), way
+      assert "use implementation='plain'" in said
+
+
+def test_not_differentiated_twice():
+  """Nor is it interpreted: this fails while JAX traces."""
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    twice('tpu', jnp.float32)

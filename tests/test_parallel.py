@@ -9,8 +9,10 @@ prints what it found.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,27 @@ import numpy as np
 import pytest
 
 from jaxattn.core import sigmoid
-from jaxattn.parallel import gather, halo, ring, sequence, stripe, ulysses
+from jaxattn.parallel import (
+  between,
+  gather,
+  halo,
+  ring,
+  sequence,
+  stripe,
+  ulysses,
+)
 from pallas_kernels import flash
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.masks import Causal, Everything, Sinks, Window
+from pallas_kernels.masks import (
+  BlockCausal,
+  Causal,
+  Everything,
+  Mask,
+  Prefix,
+  Sinks,
+  Window,
+)
 from pallas_kernels.scores import Difference, Relative, Score, Slopes
 from tests import devices
 from tests.test_flash_features import Temperature
@@ -63,6 +81,22 @@ def loud():
   q, k, *rest = draw(2, T, T, 2, 1, 64, 32, seed=3)
   q = 15 * np.abs(q) * np.array([1, -1])[:, None]
   return q, np.abs(k), *rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Alternate(Mask):
+  """One of a user's own, of which no tile is known to be empty, or full."""
+
+  def __call__(self, query, key):
+    return (query.order - key.order) % 3 != 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+  """A factor of the numerator alone, for each query and each key."""
+
+  def __call__(self, p, query, key, a, b):
+    return p * a * b
 
 
 PLAIN = draw(2, T, T, 4, 2, 16, 24)
@@ -115,12 +149,35 @@ CASES = {
     {'bias': number(2, 1, T, T)},
   ),
   'sinks': (PLAIN, {'mask': Causal(), **packed()}, {'sinks': number(4)}),
+  'blocks': (PLAIN, {'mask': BlockCausal(7), **DENSE}, {}),
+  'not': (PLAIN, {'mask': Causal() & ~Window(5), **DENSE}, {}),
+  'own mask': (PLAIN, {'mask': Causal() & Alternate(), **packed()}, {}),
+  'prefix': (
+    PLAIN,
+    {
+      'mask': Causal() | Prefix(),
+      'key_tags': {'prefix': (np.arange(2 * T) % T < 17).reshape(2, T)},
+      **packed(),
+    },
+    {},
+  ),
+  'factor': (
+    draw(2, T, T, 3, 3),
+    {'mask': Causal(), 'factor': Gain(), **DENSE},
+    {'queries': (number(2, T, 3),), 'keys': (number(1, T, 1),)},
+  ),
   'temperature': (
     draw(1, T, T, 3, 3),
     {'mask': Window(9, 4), 'score': Temperature(), **DENSE},
     {'queries': (0.5 + number(1, T, 3),), 'keys': (0.5 + number(1, T, 1),)},
   ),
 }
+# Of which rounded numbers are tried, too.
+ROUNDED = (
+  *('causal', 'window', 'packed', 'other keys', 'table', 'forget'),
+  *('bias of all heads', 'sinks'),
+)
+BF16 = jnp.bfloat16
 RING = ring.Ring(AT)
 PAIRS = ulysses.Group(AT, 2)
 STRATEGIES = {
@@ -153,6 +210,8 @@ def attend(q, k, v, numbers, over=None, softcap=None, score=None, **given):
     names = {'heads': 'operands'}
     numbers = {names.get(name, name): x for name, x in numbers.items()}
     score = Score(score, **numbers)
+  if 'factor' in given:
+    given['factor'] = Score(given['factor'], **numbers)
   partial = flash.attention(
     *(q, k, v),
     softcap=softcap,
@@ -171,8 +230,12 @@ def with_sinks(q, k, v, numbers, **given):
   if isinstance(given.get('score'), Temperature):  # of the scores q k
     (a,), (b,) = numbers['queries'], numbers['keys']
     q, k = q / a[..., None], k / b[..., None]
-  sinks = numbers.get('sinks')
+  sinks, gain = numbers.get('sinks'), 1
+  if 'factor' in given:
+    (gain,), (b,) = numbers['queries'], numbers['keys']
+    gain, v = gain[..., None], v * b[..., None]
   o, lse = formula(q, k, v, numbers, **given)
+  o = o * gain
   if sinks is None:
     return o, lse
   both = jnp.logaddexp(lse, sinks)
@@ -193,9 +256,9 @@ def spread(over):
   def run(q, k, v, numbers, **given):
     where = ROWS['time']
     places = {
-      name: jnp.atleast_2d(given.pop(name))
+      name: jax.tree.map(jnp.atleast_2d, given.pop(name))
       for name in list(given)
-      if name.endswith(('order', 'segments'))
+      if name.endswith(('order', 'segments', 'tags'))
     }
     specs = {name: ROWS.get(name, where) for name in numbers}
     inner = lambda q, k, v, numbers, places: attend(
@@ -210,19 +273,24 @@ def spread(over):
   return run
 
 
-def results(attend, arrays, given, numbers, *weights):
-  """o, lse, and gradients of a weighed sum of both; for each weight."""
+def results(attend, arrays, given, numbers, *weights, dtype=None):
+  """o, lse, and gradients of a weighed sum of both; for each weight.
+
+  The inputs are of `dtype`, or what those were, in wider numbers.
+  """
 
   def loss(q, k, v, numbers, weight):
-    w, u = (jnp.asarray(x, q.dtype) for x in arrays[3:])
+    w, u = (jnp.asarray(x, wide) for x in arrays[3:])
     o, lse = attend(q, k, v, numbers, **given)
     total = jnp.sum(o * w) + jnp.sum(jnp.where(lse > -jnp.inf, lse * u, 0))
-    return weight * total, (o, lse)
+    return weight * total, (o.astype(q.dtype), lse)
 
   run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
   wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-  cast = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, wide), tree)
-  inputs = cast(arrays[:3]), cast(numbers)
+  given_in = dtype or wide
+  kept_in = wide if wide == jnp.float64 else given_in
+  cast = lambda x: jnp.asarray(x, given_in).astype(kept_in)
+  inputs = jax.tree.map(cast, (tuple(arrays[:3]), numbers))
   for weight in weights:
     (q, k, v, rest), (o, lse) = run(*inputs[0], inputs[1], weight)
     found = {'o': o, 'lse': lse, 'dq': q, 'dk': k, 'dv': v, 'rest': rest}
@@ -241,35 +309,37 @@ def spreads(x, exact):
   return rms(x - exact) / (rms(exact) or 1)
 
 
-def compare(case, overs):
-  """Strategy -> where it errs too much."""
+def compare(case, overs, dtype=None):
+  """Strategy -> where it errs too much.
+
+  By the error rule in float32; and by growth, a tenth, in any dtype.
+  """
   arrays, given, numbers = CASES[case]
   with jax.enable_x64(True):
-    (exact,) = results(with_sinks, arrays, given, numbers, 1.0)
+    (exact,) = results(with_sinks, arrays, given, numbers, 1.0, dtype=dtype)
 
-  def errors(attend, *weights):
-    """The largest error, and the largest RMS error, over some weights."""
-    draws = list(results(attend, arrays, given, numbers, *weights))
-    return [
-      {at: max(by(x[at], exact[at]) for x in draws) for at in exact}
-      for by in (error, spreads)
-    ]
+  def errors(attend):
+    """The largest error, and the RMS error, of some weights."""
+    draws = list(results(attend, arrays, given, numbers, *WEIGHTS, dtype=dtype))
+    most = {at: max(error(x[at], exact[at]) for x in draws) for at in exact}
+    square = lambda at: [spreads(x[at], exact[at]) ** 2 for x in draws]
+    return most, {at: np.sqrt(np.mean(square(at))) for at in exact}
 
-  # In tiles as it likes, and as many as parts: of them the worst.
+  # In tiles as it likes, and as many as parts; and, as where keys are
+  # gathered, of all keys: of them the worst.
   s = arrays[1].shape[1]
   # (A hybrid has parts of twice the size.)
-  alone = [attend] + [
-    functools.partial(attend, blocks=Blocks(n * T // N, n * s // N))
-    for n in (1, 2)
+  tiles = [(T // N, s // N), (2 * T // N, 2 * s // N), (T // N, s)]
+  alone = [errors(attend)] + [
+    errors(functools.partial(attend, blocks=Blocks(*sides))) for sides in tiles
   ]
-  worse = lambda *draws: {at: max(x[at] for x in draws) for at in exact}
-  one, steady = map(worse, *(errors(of, *WEIGHTS) for of in alone))
-  naive, _ = errors(with_sinks, *WEIGHTS)
+  worst = lambda draws: {at: max(x[at] for x in draws) for at in exact}
+  naive, _ = errors(with_sinks)
   found = {}
   for name, over in overs.items():
-    many, even = errors(spread(over), 1.0)
-    # Others run on a device's own what one device runs: nothing can add up.
-    merges = 'ring' in name or 'hybrid' in name
+    gathers = 'gather' in name
+    one, steady = map(worst, zip(*alone[: None if gathers else -1]))
+    many, even = errors(spread(over))
     found[name] = [
       f'{at}: {x:.1e} ({even[at]:.1e}), naively {naive[at]:.1e}, on one device'
       f' {one[at]:.1e} ({steady[at]:.1e})'
@@ -277,9 +347,7 @@ def compare(case, overs):
       if not (
         # Gradients of what scores share are sums of terms that cancel.
         x <= (4 if 'rest' in at else 2) * max(naive[at], one[at]) + EPS
-        and (
-          not merges or 'rest' in at or even[at] <= 1.1 * steady[at] + EPS / 8
-        )
+        and even[at] <= 1.1 * steady[at] + (EPS if 'rest' in at else EPS / 8)
       )
     ]
   return found
@@ -330,6 +398,12 @@ MUTANTS = {
   ),
 }
 
+# Of rounded numbers, gradients that are rounded before they are added up.
+NARROW = {
+  'by a gather': ('causal', 'gather', *(between, '_wide'), lambda x, _: x),
+  'by heads': ('other keys', 'ulysses', *(between, '_wide'), lambda x, _: x),
+}
+
 
 def overs(case):
   return STRATEGIES | {name: x for (of, name), x in MORE.items() if of == case}
@@ -337,10 +411,11 @@ def overs(case):
 
 def rejected(mutant):
   """What is found wrong with it."""
-  case, name, where, what, wrong = MUTANTS[mutant]
+  case, name, where, what, wrong = (MUTANTS | NARROW)[mutant]
+  dtype = BF16 if mutant in NARROW else None
   with patched(where, what, wrong):
     try:
-      return compare(case, {name: overs(case)[name]})[name]
+      return compare(case, {name: overs(case)[name]}, dtype)[name]
     except AssertionError:
       return 'not finite where it should be'
 
@@ -408,8 +483,13 @@ def sent(jaxpr, times=1):
   nested = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
-    if name in SHARES:
-      size = sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
+    floats = [
+      x.aval
+      for x in equation.invars
+      if jnp.issubdtype(x.aval.dtype, jnp.floating)
+    ]
+    if name in SHARES and floats:  # not of the places of tokens
+      size = sum(x.size * x.dtype.itemsize for x in floats)
       groups = params.get('axis_index_groups')
       yield name, size * SHARES[name](len(groups[0]) if groups else N), times
     for value in jax.tree.leaves(params, is_leaf=nested):
@@ -420,11 +500,11 @@ def sent(jaxpr, times=1):
 
 def chosen():
   """Strategy -> hops and bytes, as the chooser says and as the program has."""
-  t, h, k, d = 24, 16, 8, 16
+  b, t, h, k, d = 2, 24, 16, 8, 16
   mask = Causal() & Window(9)
   found = {}
   for name in sequence.STRATEGIES:
-    call = sequence.Call(N, t, h, d, t, k, d, 4, mask.reach(), True)
+    call = sequence.Call(N, b, t, h, d, t, k, d, 4, mask.reach(), True)
     said = sequence.choose(call, name)
     inner = lambda q, k, v, name=name: sequence.attention(
       q, k, v, mask=mask if name == 'halo' else Causal(), strategy=name
@@ -433,8 +513,8 @@ def chosen():
       lambda *x, inner=inner: jax.shard_map(
         inner, in_specs=ROWS['time'], out_specs=ROWS['time']
       )(*x)
-    )(*(jnp.zeros((1, N * t, n, d)) for n in (h, k, k)))
-    moved = [x for x in sent(program.jaxpr) if x[1] > 2000]  # not of tokens
+    )(*(jnp.zeros((b, N * t, n, d)) for n in (h, k, k)))
+    moved = [x for x in sent(program.jaxpr) if x[1] > 8000]  # not of m and l
     found[name] = {
       'said': [said.hops, said.sent],
       'moved': [sum(x[2] for x in moved), sum(x[1] * x[2] for x in moved)],
@@ -488,15 +568,51 @@ def memory():
   return found
 
 
+def room():
+  """Bytes of a gather's temporaries, and those it is said to hold, by groups.
+
+  For the gradient of 8 key heads in bfloat16.
+  """
+  found = {}
+  shape = jax.ShapeDtypeStruct(
+    (1, N * 512, 8, 32),
+    BF16,
+    sharding=jax.NamedSharding(jax.sharding.get_mesh(), ROWS['time']),
+  )
+  call = sequence.Call(N, 1, 512, 8, 32, 512, 8, 32, 2)
+  for groups in (1, 8):
+    loss = lambda q, k, v, groups=groups: jnp.sum(
+      jax.shard_map(
+        functools.partial(
+          flash.attention,
+          mask=Causal(),
+          over=gather.over(AT, groups),
+          query_order=None,
+        ),
+        in_specs=ROWS['time'],
+        out_specs=ROWS['time'],
+      )(q, k, v).astype(jnp.float32)
+    )
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*[shape] * 3).compile()
+    with patched(
+      sequence, 'ROOM', math.ceil(sequence._gather(call)[2] / groups)
+    ):
+      held = sequence._gather(call)[3]
+    found[groups] = [held, compiled.memory_analysis().temp_size_in_bytes]
+  return found
+
+
 def main():
   here = jax.devices()[:N]
   mesh = jax.make_mesh((N,), (AT,), axis_types=AUTO, devices=here)
   with jax.set_mesh(mesh):
     found = {
       'exact': {case: compare(case, overs(case)) for case in CASES},
-      'mutants': {mutant: rejected(mutant) for mutant in MUTANTS},
+      'rounded': {case: compare(case, overs(case), BF16) for case in ROUNDED},
+      'mutants': {mutant: rejected(mutant) for mutant in MUTANTS | NARROW},
       'chosen': chosen(),
       'hops': hops(),
+      'room': room(),
       'sigmoid': sigmoid_apart(),
     }
   print(json.dumps(found | {'dropped': dropped(), 'memory': memory()}))
@@ -516,7 +632,14 @@ def test_exact(case, found):
   assert {at: x for at, x in found['exact'][case].items() if x} == {}
 
 
-@pytest.mark.parametrize('mutant', MUTANTS)
+@pytest.mark.parametrize('case', ROUNDED)
+def test_errors_do_not_grow_in_bfloat16(case, found):
+  """Gradients are added up as wide as sums are, wherever they come from."""
+  assert set(found['rounded'][case]) == set(overs(case))
+  assert {at: x for at, x in found['rounded'][case].items() if x} == {}
+
+
+@pytest.mark.parametrize('mutant', MUTANTS | NARROW)
 def test_mutants_are_rejected(mutant, found):
   assert found['mutants'][mutant]
 
@@ -540,6 +663,14 @@ def test_the_chooser_knows_the_costs(name, found):
   moves, moved = found['chosen'][name]['moved']
   assert moves == 2 * hops  # keys and values, or q, k and v, and o back
   assert size == moved
+
+
+def test_a_gather_in_groups_holds_less(found):
+  """Gradients too: no group's keys are kept for the backward pass."""
+  (held, most), (share, least) = found['room'].values()
+  assert share == held // 8
+  assert most - least >= 3 * (held - share)  # with gradients, twice as wide
+  assert least < most / 3
 
 
 def test_windows_go_round_no_further_than_they_see(found):

@@ -12,7 +12,8 @@ from jaxattn.parallel import sequence
 from jaxattn.parallel.sequence import Call, choose
 
 # A model of 32 heads of width 128 in bfloat16, 4,096 tokens a device.
-SIZES = {'t': 4096, 's': 4096, 'h': 32, 'd': 128, 'e': 128, 'itemsize': 2}
+ROW = {'t': 4096, 's': 4096, 'h': 32, 'd': 128, 'e': 128, 'itemsize': 2}
+SIZES = {'b': 1, **ROW}
 NEAR = {'reach': (511, 0), 'dense': True}
 
 
@@ -51,6 +52,13 @@ def test_costs():
   assert hybrid.hops == 2 + 1  # groups of 8, and a ring of two groups
 
 
+@pytest.mark.parametrize('name', sequence.STRATEGIES)
+def test_rows_cost_as_often(name):
+  sizes = {'devices': 16, 'k': 8, **ROW, **NEAR}
+  one, four = (choose(Call(b=b, **sizes), name) for b in (1, 4))
+  assert (four.sent, four.held) == (4 * one.sent, 4 * one.held)
+
+
 def test_a_gather_that_is_asked_for_takes_some_heads_at_a_time():
   call = Call(devices=256, k=8, **SIZES)
   found = choose(call, 'gather')
@@ -66,8 +74,8 @@ def test_what_is_said(caplog):
     text = str(choose(call))
     choose(call)
   assert text == (
-    'halo (no query sees beyond the neighbours): each device sends 2.0 MiB'
-    ' forward, hops: 1; it holds 2.0 MiB of others'
+    'halo (no query sees beyond the neighbours): each device sends 2.00 MiB'
+    ' forward, hops: 1; it holds 2.00 MiB of others'
   )
   said = [x.message for x in caplog.records]
   assert said == [f'attention over 64 devices runs as {text}']  # once

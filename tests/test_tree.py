@@ -391,7 +391,9 @@ def sent():
       step = lambda x, state: layer.apply(
         variables, x, state=state, return_state=True
       )
-      call = sequence.Call(N, 1, 4, 16, room // N, 2, 16, 4, Causal().reach())
+      call = sequence.Call(
+        *(N, 1, 1, 4, 16, room // N, 2, 16, 4), Causal().reach()
+      )
       found[room] = {
         'said': sequence.remember(call).sent,
         'traced': sums(jax.make_jaxpr(step)(x, state).jaxpr),

@@ -94,8 +94,8 @@ def attention(
   rule = dataclasses.replace(rule, scores=(*rule.scores, _add))
   own = Operands(queries=(offset,))
   extras = extras._replace(scores=(*extras.scores, own))
-  run = attend if over is None else over(ENGINE)
-  (o,) = run(rule, q, k, v, extras, query, key)
+  run = ENGINE if over is None else over(ENGINE)
+  (o,) = run.attend(rule, q, k, v, extras, query, key)
   return o
 
 

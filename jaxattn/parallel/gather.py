@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxattn.parallel import tensor
+from jaxattn.parallel import between, tensor
 from pallas_kernels.problem import Engine, Extras, Operands
 
 
@@ -56,25 +56,26 @@ def over(axis: str, groups: int = 1):
   """
 
   def spread(engine: Engine):
-    def run(rule, q, k, v, extras, query, key):
+    def bring(q, k, v, extras, query, key):
+      own = lambda x: Operands(x.heads, x.queries, all_of_time(x.keys, axis))
+      extras = Extras(
+        tuple(map(own, extras.scores)),
+        tuple(map(own, extras.weights)),
+        extras.bias,
+      )
+      return q, *all_of_time((k, v), axis), extras, query, key
+
+    serve = between.engine(engine, bring).attend
+
+    def attend(rule, q, k, v, extras, query, key):
       key = all_of_time(key, axis)
-
-      def serve(q, k, v, extras):
-        own = lambda x: Operands(x.heads, x.queries, all_of_time(x.keys, axis))
-        extras = Extras(
-          tuple(map(own, extras.scores)),
-          tuple(map(own, extras.weights)),
-          extras.bias,
-        )
-        k, v = all_of_time((k, v), axis)
-        return engine.attend(rule, q, k, v, extras, query, key)
-
       if groups == 1:
-        return serve(q, k, v, extras)
+        return serve(rule, q, k, v, extras, query, key)
 
-      @jax.checkpoint
       def group(i):
-        return serve(*tensor.heads(i, groups, q, k, v, extras))
+        return serve(
+          rule, *tensor.heads(i, groups, q, k, v, extras), query, key
+        )
 
       results = lax.map(group, jnp.arange(groups))
       join = lambda x: jnp.moveaxis(x, 0, 2).reshape(
@@ -82,6 +83,6 @@ def over(axis: str, groups: int = 1):
       )
       return tuple(map(join, results))
 
-    return run
+    return Engine(attend)
 
   return spread

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxattn.parallel import between
 from pallas_kernels.masks import Tokens
 from pallas_kernels.problem import Engine, Extras, Operands, one_segment
 
@@ -23,7 +24,7 @@ def over(axis: str, before: int, after: int):
   """
 
   def spread(engine: Engine):
-    def run(rule, q, k, v, extras, query, key):
+    def bring(q, k, v, extras, query, key):
       wide = lambda x: extend(x, axis, before, after)
       there = wide(jnp.ones_like(k[:, :, :1, 0], bool))
 
@@ -40,9 +41,9 @@ def over(axis: str, before: int, after: int):
       # Beyond the ends come zeros, which are padding: segment 0.
       query, key = one_segment(query), one_segment(key)
       key = Tokens(*jax.tree.map(wide, tuple(key)))
-      return engine.attend(rule, q, wide(k), wide(v), extras, query, key)
+      return q, wide(k), wide(v), extras, query, key
 
-    return run
+    return between.engine(engine, bring)
 
   return spread
 

@@ -150,3 +150,11 @@ def _pin(x, spec):
 def whole(w: jax.Array) -> jax.Array:
   """A weight as its user needs it, gathered where it was stored in parts."""
   return put(w, jax.P())
+
+
+def amount(size: int) -> str:
+  """Bytes for people."""
+  for unit, one in (('GiB', 2**30), ('MiB', 2**20), ('KiB', 2**10)):
+    if abs(size) >= one:
+      return f'{size / one:,.2f} {unit}'
+  return f'{size} bytes'

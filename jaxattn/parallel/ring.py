@@ -121,13 +121,13 @@ def over(ring: Ring, dense: bool = False):
       (dq, dextras), (dk, dv, own) = _fold_back(ring, visit, block, hops)
       return dq, dk, dv, _put_keys(dextras, own)
 
-    attend = reverse(forward, backward)
+    around = reverse(forward, backward)
 
-    def run(rule, q, k, v, extras, query, key):
+    def attend(rule, q, k, v, extras, query, key):
       inputs = alike((q, k, v, extras), (query, key))
-      return attend(rule, *inputs, query, key)
+      return around(rule, *inputs, query, key)
 
-    return run
+    return Engine(attend, forward, backward)
 
   return spread
 

@@ -171,13 +171,14 @@ class Call:
 
   Attributes:
     devices: over which time is spread.
-    t, h, d, s, k, e: sizes on one of them, by the usual letters.
+    b, t, h, d, s, k, e: sizes on one of them, by the usual letters.
     itemsize: bytes of a number.
     reach: orders before and after its own that a query may see, at most.
     dense: tokens stand in their order over the devices, in one segment.
   """
 
   devices: int
+  b: int
   t: int
   h: int
   d: int
@@ -189,9 +190,9 @@ class Call:
   dense: bool = False
 
   @property
-  def row(self) -> int:
-    """Bytes of the keys and values of a token."""
-    return self.k * (self.d + self.e) * self.itemsize
+  def token(self) -> int:
+    """Bytes of the keys and values that one device has at a time."""
+    return self.b * self.k * (self.d + self.e) * self.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +218,8 @@ class Strategy:
   def __str__(self):
     return (
       f'{self.name} ({self.reason}): each device sends'
-      f' {self.sent / 2**20:,.1f} MiB forward, hops: {self.hops}; it holds'
-      f' {self.held / 2**20:,.1f} MiB of others'
+      f' {place.amount(self.sent)} forward, hops: {self.hops}; it holds'
+      f' {place.amount(self.held)} of others'
     )
 
 
@@ -229,7 +230,7 @@ def _halo(call: Call) -> tuple:
   if max(before, after) > call.s:
     return ('a query may see keys beyond the neighbours',)
   before, after = (int(min(x, call.s)) for x in (before, after))
-  size = (before + after) * call.row
+  size = (before + after) * call.token
   over = halo.over(meshes.SEQ, before, after)
   return (None, 1, size, size, over)
 
@@ -238,21 +239,15 @@ def _ulysses(call: Call, size: int | None = None, inner=None) -> tuple:
   size = size or call.devices
   repeat, heads = ulysses.heads(call.h, call.k, size)
   keys = heads if repeat * call.k % size else repeat * call.k
-  share = (size - 1) / size * (call.d + call.e) * call.itemsize
-  sent = int(share * (call.t * heads + call.s * keys))
+  width = call.b * (call.d + call.e) * call.itemsize
+  sent = (call.t * heads + call.s * keys) * width * (size - 1) // size
   more = call.s * (keys - call.k) + 2 * call.t * (heads - call.h)
-  held = more * (call.d + call.e) * call.itemsize
-  return (
-    None,
-    2,
-    sent,
-    held,
-    ulysses.over(ulysses.Group(meshes.SEQ, size), inner),
-  )
+  over = ulysses.over(ulysses.Group(meshes.SEQ, size), inner)
+  return None, 2, sent, more * width, over
 
 
 def _gather(call: Call) -> tuple:
-  size = (call.devices - 1) * call.s * call.row
+  size = (call.devices - 1) * call.s * call.token
   stride = math.ceil(size / ROOM)
   groups = next(
     n
@@ -264,7 +259,7 @@ def _gather(call: Call) -> tuple:
 
 def _ring(call: Call) -> tuple:
   hops = call.devices - 1
-  size = call.s * call.row
+  size = call.s * call.token
   over = ring.over(ring.Ring(meshes.SEQ), call.dense)
   return None, hops, hops * size, 2 * size, over
 
@@ -276,7 +271,7 @@ def _hybrid(call: Call) -> tuple:
   hops = call.devices // size - 1
   inner = ring.over(ring.Ring(meshes.SEQ, size), call.dense)
   _, two, sent, held, over = _ulysses(call, size, inner)
-  block = call.s * call.row
+  block = call.s * call.token
   return None, two + hops, sent + hops * block, held + 2 * block, over
 
 
@@ -312,7 +307,7 @@ RULES = (
   (
     'gather',
     f'all keys and values fit into {ROOM >> 30} GiB',
-    lambda call: (call.devices - 1) * call.s * call.row <= ROOM,
+    lambda call: (call.devices - 1) * call.s * call.token <= ROOM,
   ),
   (
     'hybrid',
@@ -356,8 +351,8 @@ def remember(call: Call) -> Strategy:
 
   Of the call t is a chunk's, and s are the slots of one device.
   """
-  size = tree.sent(call.devices, call.t, call.h, call.e, call.itemsize)
-  part = f'{call.s * call.row / 2**20:,.1f} MiB a row'
+  size = call.b * tree.sent(call.devices, call.t, call.h, call.e, call.itemsize)
+  part = place.amount(call.s * call.token)
   over = tree.over(meshes.SEQ)
   strategy = Strategy('tree', f'parts of {part} stay', 2, size, 0, over)
   log.info('attention over %d devices runs as %s', call.devices, strategy)
@@ -459,8 +454,8 @@ def attention(
   over, devices = None, tensor.size(meshes.MODEL)
   shared = devices if k.shape[2] % devices == 0 else 1
   if parts(k) > 1:
-    (t, h, d), (s, heads) = q.shape[1:], k.shape[1:3]
-    sizes = t, h // shared, d, s, heads // shared, v.shape[3]
+    (*some, h, d), (s, heads) = q.shape, k.shape[1:3]
+    sizes = *some, h // shared, d, s, heads // shared, v.shape[3]
     call = Call(parts(k), *sizes, q.dtype.itemsize, mask.reach(), dense)
     # Keys alone are in parts where they are those of a memory.
     over = (choose(call, strategy) if parts(q) > 1 else remember(call)).over

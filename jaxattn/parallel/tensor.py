@@ -61,18 +61,19 @@ def over(axis: str, n: int, inner: Over | None = None):
   """
 
   def spread(engine: Engine):
-    attend = engine.attend if inner is None else inner(engine)
+    if inner is not None:
+      engine = inner(engine)
 
-    def run(rule, q, k, v, extras, query, key):
+    def attend(rule, q, k, v, extras, query, key):
       mine = heads(lax.axis_index(axis), n, q, k, v, extras)
-      results = attend(rule, *mine, query, key)
+      results = engine.attend(rule, *mine, query, key)
       # The same on all of them, and JAX has to know that it is.
       join = lambda x: lax.all_gather(
         x, axis, axis=2, tiled=True, to='invarying'
       )
       return jax.tree.map(join, results)
 
-    return run
+    return Engine(attend)
 
   return spread
 

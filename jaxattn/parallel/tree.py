@@ -74,7 +74,7 @@ def over(axis: str):
   def spread(engine: Engine):
     monoid = engine.monoid
 
-    def run(rule, q, k, v, extras, query, key):
+    def attend(rule, q, k, v, extras, query, key):
       if extras.bias is not None:
         s = k.shape[1]
         start = lax.axis_index(axis) * s
@@ -85,6 +85,6 @@ def over(axis: str):
       o, *rest = monoid.finish(monoid.total(monoid.open(*found), axis))
       return o.astype(rule.dtype), *rest
 
-    return run
+    return Engine(attend)
 
   return spread

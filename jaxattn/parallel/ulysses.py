@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.problem import Engine, Extras, Operands, Over
+from jaxattn.parallel import between
+from pallas_kernels.problem import (
+  Engine,
+  Extras,
+  Operands,
+  Over,
+  accumulator,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +94,10 @@ def over(group: Group, inner: Over | None = None):
   """
 
   def spread(engine: Engine):
-    attend = engine.attend if inner is None else inner(engine)
+    if inner is not None:
+      engine = inner(engine)
 
-    def run(rule, q, k, v, extras, query, key):
+    def attend(rule, q, k, v, extras, query, key):
       h = q.shape[2]
       repeat, total = heads(h, k.shape[2], group.size)
 
@@ -117,24 +125,31 @@ def over(group: Group, inner: Over | None = None):
           tuple(map(per_token, operands.keys)),
         )
 
-      bias = extras.bias
-      if bias is not None and bias.shape[1] == 1:
-        bias = group.all_of_time(bias, 2)
-      elif bias is not None:
-        bias = group.heads_for_time(filled(bias, 1), 1, 2)
-      results = attend(
-        rule,
-        group.heads_for_time(filled(q, 2)),
-        of_keys(k),
-        of_keys(v),
-        Extras(
-          tuple(map(own, extras.scores)), tuple(map(own, extras.weights)), bias
-        ),
-        jax.tree.map(group.all_of_time, query),
-        jax.tree.map(group.all_of_time, key),
-      )
-      return tuple(group.time_for_heads(x)[:, :, :h] for x in results)
+      def bring(q, k, v, extras, query, key):
+        bias = extras.bias
+        if bias is not None and bias.shape[1] == 1:
+          # Each device has the sum of some heads, which is not to be rounded.
+          bias = group.all_of_time(bias, 2).astype(accumulator(bias))
+        elif bias is not None:
+          bias = group.heads_for_time(filled(bias, 1), 1, 2)
+        scores, weights = (
+          tuple(map(own, x)) for x in (extras.scores, extras.weights)
+        )
+        return (
+          group.heads_for_time(filled(q, 2)),
+          of_keys(k),
+          of_keys(v),
+          Extras(scores, weights, bias),
+          jax.tree.map(group.all_of_time, query),
+          jax.tree.map(group.all_of_time, key),
+        )
 
-    return run
+      give = lambda results: tuple(
+        group.time_for_heads(x)[:, :, :h] for x in results
+      )
+      moved = between.engine(engine, bring, give, keep=True, shared=repeat > 1)
+      return moved.attend(rule, q, k, v, extras, query, key)
+
+    return Engine(attend)
 
   return spread

@@ -113,7 +113,7 @@ def attention(
     return_partial: return a Partial, to be merged with attention to other keys
       and finished.
     over: how devices that each hold a part of the keys work together: given an
-      engine, a function that answers for all keys. None for one device. A bias
+      engine, one that answers for all keys. None for one device. A bias
       then has the rows of this device, and the columns of all.
 
   Returns:
@@ -162,8 +162,9 @@ def attention(
     next(names for make, names in PREFERRED.items() if make in chip()),
   )
   engine = BACKENDS[name]
-  run = engine.attend if over is None else over(engine)
-  o, m, total = run(rule, q, k, v, extras, query, key)
+  if over is not None:
+    engine = over(engine)
+  o, m, total = engine.attend(rule, q, k, v, extras, query, key)
   if sinks is None and not return_partial:
     return o
   partial = Partial(m, total, total[..., None] * o)
