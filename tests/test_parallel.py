@@ -523,19 +523,22 @@ def chosen():
 
 
 def hops():
-  """How often keys are sent round, by window."""
+  """How often keys are sent round, by window: forward, and backward."""
   found = {}
   for window in (1, 2, 13, 14, 25, 26, 90, 10**6):
     mask = Causal() & Window(window)
-    program = jax.make_jaxpr(
-      lambda q, mask=mask: jax.shard_map(
-        lambda q: sequence.attention(q, q, q, mask=mask, strategy='ring'),
-        in_specs=ROWS['time'],
-        out_specs=ROWS['time'],
-      )(q)
-    )(jnp.zeros((1, 8 * 12, 1, 16)))
-    moved = [x for x in sent(program.jaxpr) if x[1] == 12 * 16 * 4]
-    found[window] = sum(x[2] for x in moved) / 2  # keys, and values
+    attend = lambda q, mask=mask: jax.shard_map(
+      lambda q: sequence.attention(q, q, q, mask=mask, strategy='ring'),
+      in_specs=ROWS['time'],
+      out_specs=ROWS['time'],
+    )(q)
+    x = jnp.zeros((1, 8 * 12, 1, 16))
+    there, back = jax.vjp(attend, x)
+    counts = []
+    for program in (jax.make_jaxpr(attend)(x), jax.make_jaxpr(back)(there)):
+      moved = [x for x in sent(program.jaxpr) if x[1] == 12 * 16 * 4]
+      counts.append(sum(x[2] for x in moved) / 2)  # keys, and values
+    found[window] = counts
   return found
 
 
@@ -674,9 +677,15 @@ def test_a_gather_in_groups_holds_less(found):
 
 
 def test_windows_go_round_no_further_than_they_see(found):
-  """ceil((w - 1) / part) hops, of parts of 12 tokens."""
-  for window, hops in found['hops'].items():
-    assert hops == min(7, -(-(int(window) - 1) // 12)), window
+  """ceil((w - 1) / part) hops, of parts of 12 tokens.
+
+  Backward keys go as far, and one place on, with their gradients behind them;
+  which go home by one hop more.
+  """
+  for window, (there, back) in found['hops'].items():
+    hops = min(7, -(-(int(window) - 1) // 12))
+    assert there == hops, window
+    assert back == 2 * hops + 1 + (hops > 0), window
 
 
 def test_memory_does_not_grow_with_the_ring(found):
