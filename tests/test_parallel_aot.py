@@ -32,23 +32,32 @@ FOUR_AND_SIXTEEN = {
 ARRAYS = 8 * T * D * 2
 
 
-def attend(q, k, v):
+def attend(q, k, v, strategy='ring', **places):
   return sequence.attention(
     *(q, k, v),
     mask=Causal(),
-    strategy='ring',
+    strategy=strategy,
     implementation='tpu',
     blocks=Blocks(256, 256),  # which are soon compiled
+    **places,
   )
 
 
-def lowered(topology, t=T, attend=attend):
-  """Attention of one head and its gradient, `t` tokens a device."""
+def zigzag(q, k, v):
+  """Each device has a piece of the first half, and its mirror image."""
+  here, n, half = lax.axis_index('seq'), lax.axis_size('seq'), q.shape[1] // 2
+  pieces = [i * half + jnp.arange(half) for i in (here, 2 * n - 1 - here)]
+  order = jnp.concatenate(pieces)
+  return attend(q, k, v, query_order=order, key_order=order)
+
+
+def lowered(topology, t=T, attend=attend, heads=1):
+  """Attention and its gradient, `t` tokens a device."""
   devices = chips.devices(topology)
   mesh = jax.sharding.Mesh(devices, ('seq',))
   sharding = jax.NamedSharding(mesh, WHERE)
   shape = jax.ShapeDtypeStruct(
-    (1, len(devices) * t, 1, D), jnp.bfloat16, sharding=sharding
+    (1, len(devices) * t, heads, D), jnp.bfloat16, sharding=sharding
   )
 
   def loss(*arrays):
@@ -136,6 +145,21 @@ def test_what_is_sent_is_hidden(chip):
   """Keys and values; and gradients of both, backward."""
   *_, topology = FOUR_AND_SIXTEEN.get(chip, ['tpu7x:2x2x1'])
   assert hidden(compiled(topology).as_text()) == {
+    'flash_forward': [True] * 2,
+    'flash_backward': [True] * 4,
+  }
+
+
+@pytest.mark.parametrize('topology', ['v5e:4x4', 'v6e:4x4'])
+@pytest.mark.parametrize(
+  ('attend', 'heads'),
+  [(zigzag, 1), (functools.partial(attend, strategy='hybrid'), 2)],
+  ids=['zigzag', 'hybrid'],
+)
+def test_what_other_rings_send_is_hidden(topology, attend, heads):
+  """Also where data decide how far it goes, and between groups."""
+  program = lowered(topology, attend=attend, heads=heads).compile()
+  assert hidden(program.as_text()) == {
     'flash_forward': [True] * 2,
     'flash_backward': [True] * 4,
   }
