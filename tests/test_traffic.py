@@ -146,6 +146,59 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
+# As a compiler for TPUs cuts a gather in pieces, which go out between tiles of
+# other work, here in a loop: three rounds of an outer loop, five of an inner.
+PIECES = """HloModule test
+
+%first (p: bf16[2,8]) -> bf16[8,8] {
+  %p = bf16[2,8]{1,0} parameter(0)
+  ROOT %g = bf16[8,8]{1,0} all-gather(%p), channel_id=17, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%piece (p: bf16[2,8]) -> bf16[8,8] {
+  %p = bf16[2,8]{1,0} parameter(0)
+  %work = f32[8]{0} convolution(%p, %p)
+  ROOT %g = bf16[8,8]{1,0} all-gather(%p), channel_id=17, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%last (p: bf16[2,8]) -> bf16[8,8] {
+  %p = bf16[2,8]{1,0} parameter(0)
+  ROOT %g = bf16[8,8]{1,0} all-gather(%p), channel_id=17, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%tile (p: (bf16[2,8])) -> (bf16[2,8]) {
+  %p = (bf16[2,8]{1,0}) parameter(0)
+  %fusion.1 = bf16[8,8]{1,0} fusion(%p), kind=kOutput, calls=%piece
+  ROOT %t = (bf16[2,8]{1,0}) tuple(%p)
+}
+
+%layer (p: (bf16[2,8])) -> (bf16[2,8]) {
+  %p = (bf16[2,8]{1,0}) parameter(0)
+  %async-collective-start.3 = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) fusion(%p), kind=kCustom, calls=%first
+  %tiles = (bf16[2,8]{1,0}) while(%p), condition=%c, body=%tile, backend_config={"known_trip_count":{"n":"5"}}
+  %async-collective-done.3 = bf16[8,8]{1,0} fusion(%tiles), kind=kCustom, calls=%last
+  %async-collective-start.4 = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) fusion(%p), kind=kCustom, calls=%first
+  %async-collective-done.4 = bf16[8,8]{1,0} fusion(%p), kind=kCustom, calls=%last
+  ROOT %t = (bf16[2,8]{1,0}) tuple(%p)
+}
+
+ENTRY %main (x: bf16[2,8]) -> bf16[2,8] {
+  %x = (bf16[2,8]{1,0}) parameter(0)
+  %layers = (bf16[2,8]{1,0}) while(%x), condition=%c, body=%layer, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %o = bf16[2,8]{1,0} get-tuple-element(%layers), index=0
+}
+"""  # noqa: E501
+
+
+def test_an_exchange_in_pieces_is_one():
+  """However many pieces, however deep; hidden if there is work meanwhile."""
+  found = traffic.exchanges(PIECES)
+  assert [(x.kind, x.sent, x.times, x.hidden) for x in found] == [
+    ('all-gather', 96, 3, True),
+    ('all-gather', 96, 3, False),
+  ]
+
+
 def test_several_arrays_at_once():
   found = traffic.exchanges(JOINED)
   assert [(x.sent, x.times) for x in found] == [(48, 7), (32, 7)]

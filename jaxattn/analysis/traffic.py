@@ -23,6 +23,8 @@ SHARES = {
   'collective-permute': lambda n: 1,
 }
 BITS = {'pred': 8, 'bf16': 16}  # the others have their bits in their names
+# The ends of an exchange that the compiler for TPUs cuts in pieces.
+BEGINS, ENDS = 'async-collective-start', 'async-collective-done'
 # What takes long enough to send something meanwhile.
 WORK = ('custom-call', 'while', 'convolution', 'dot')
 
@@ -76,6 +78,7 @@ class _Program:
 
   def __init__(self, text: str, unknown: int):
     self.unknown, self.lines = unknown, {}
+    self.under_way = set()  # exchanges begun, and not yet ended
     for match in re.finditer(
       r'^(ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}', text, re.M | re.S
     ):
@@ -104,11 +107,18 @@ class _Program:
         inner = _named(line, 'calls') or _named(line, 'to_apply')
         for part in self.lines.get(inner, ()):
           channel = re.search(r'channel_id=(\d+)', part.rest)
-          if part.op in SHARES and channel and channel[1] not in channels:
+          if part.op in SHARES and channel:
+            # A piece of it may stand in each tile of a loop between its ends.
+            if line.name.startswith(ENDS):
+              self.under_way.discard(channel[1])
+            elif line.name.startswith(BEGINS):
+              self.under_way.add(channel[1])
+              yield self.exchange(part, part.op, times, self.hides(lines, at))
+            elif channel[1] not in channels | self.under_way:
+              work = line.op == 'async-start' and self.hides(lines, at)
+              work = work or any(self.works(x) for x in self.lines[inner])
+              yield self.exchange(part, part.op, times, work)
             channels.add(channel[1])
-            work = line.op == 'async-start' and self.hides(lines, at)
-            work = work or any(self.works(x) for x in self.lines[inner])
-            yield self.exchange(part, part.op, times, work)
           elif line.op == 'call' and part.op == 'while':
             yield from self.walk(inner, times)
             break
@@ -133,12 +143,14 @@ class _Program:
   def hides(self, lines, at) -> bool:
     """Whether anything is computed between this start and its end."""
     start = lines[at]
-    if not start.op.endswith('-start'):
+    ends = re.compile(rf'%?{re.escape(start.name)}(?![\w.-])')
+    cut = start.name.startswith(BEGINS)
+    if not cut and not start.op.endswith('-start'):
       return False
     for line in lines[at + 1 :]:
-      if line.op.endswith('-done') and re.search(
-        rf'%?{re.escape(start.name)}\b', line.rest
-      ):
+      if cut and line.name == start.name.replace(BEGINS, ENDS):
+        return False
+      if line.op.endswith('-done') and ends.search(line.rest):
         return False
       if self.works(line):
         return True
