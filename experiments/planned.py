@@ -18,6 +18,7 @@ from jaxattn.models import pattern
 from jaxattn.packing import Packing
 from jaxattn.parallel import mesh as meshes
 from jaxattn.parallel import place, sequence
+from jaxattn.parallel.place import amount
 from jaxattn.tasks.batch import Batch
 from jaxattn.train import build, optimizer, step
 
@@ -76,13 +77,6 @@ class Plan:
     if self.fits:
       return f'{of}: fits, {amount(self.room - self.needs)} are left'
     return f'{of}: does not fit by {amount(self.needs - self.room)}'
-
-
-def amount(size: int) -> str:
-  """Bytes for people."""
-  if abs(size) < 2**27:
-    return f'{size / 2**20:,.1f} MiB'
-  return f'{size / 2**30:,.2f} GiB'
 
 
 class _Length:
