@@ -18,6 +18,11 @@ Sections:
 
 counts instead, with libtpu but no TPU, what TPU kernels do in a tile, and
 
+  python -m experiments.bench --kernels --static --gpu
+
+with the compiler for GPUs but no GPU, which registers GPU kernels take and what
+they spill; `pip install '.[report,aot]'` installs both compilers.
+
   python -m experiments.bench --kernels --gpu
 
 on a Hopper GPU checks attention against float64 and then times it. It needs jax
@@ -48,9 +53,11 @@ SECTIONS = {
   'growth': 'bench_models:growth',
   'balance': 'bench_balance:page',
 }
+# Likewise of --kernels, by the flags that go with it.
 KERNELS = {
-  'static': {'flash_tpu': 'bench_kernels:static'},
-  'gpu': {'flash_gpu': 'bench_gpu:page'},
+  ('static',): {'flash_tpu': 'bench_kernels:static'},
+  ('gpu',): {'flash_gpu': 'bench_gpu:page'},
+  ('static', 'gpu'): {'flash_gpu_static': 'bench_gpu_static:page'},
 }
 
 
@@ -81,13 +88,17 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument(
     '--kernels',
     action='store_true',
-    help='kernels alone; needs --static or --gpu',
+    help='kernels alone; needs --static, --gpu or both',
   )
   flags.add_argument(
-    '--static', action='store_true', help='by their schedules, nothing is run'
+    '--static',
+    action='store_true',
+    help='by what their compilers say, nothing is run; those for TPUs',
   )
   flags.add_argument(
-    '--gpu', action='store_true', help='those for Hopper GPUs, on one'
+    '--gpu',
+    action='store_true',
+    help='those for Hopper GPUs, on one, or with --static without',
   )
   flags.add_argument(
     '--out', type=Path, default=Path('docs/benchmarks'), help='folder'
@@ -103,10 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     close = difflib.get_close_matches(unknown[0], SECTIONS, 1)
     hint = f' Did you mean {close[0]}?' if close else ''
     flags.error(f'no section {unknown[0]!r}.{hint}')
-  how = [name for name in KERNELS if getattr(args, name)]
-  if len(how) != args.kernels:
-    flags.error('--kernels goes with --static or with --gpu')
-  sections = KERNELS[how[0]] if how else SECTIONS
+  how = tuple(name for name in ('static', 'gpu') if getattr(args, name))
+  if bool(how) != args.kernels:
+    flags.error('--kernels goes with --static, --gpu or both')
+  sections = KERNELS[how] if how else SECTIONS
   compiled.keep()
   for name in args.section or sections:
     args.out.mkdir(parents=True, exist_ok=True)

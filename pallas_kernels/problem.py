@@ -30,6 +30,12 @@ from pallas_kernels.dropout import Dropout
 from pallas_kernels.masks import Mask, Side, Tokens
 from pallas_kernels.scores import Score, SoftCap
 
+NOT_TWICE = (
+  'JAX does not differentiate its kernels, so there are no second derivatives:'
+  " use implementation='plain', which has all of them, or 'xla', which has"
+  ' forward mode over reverse'
+)
+
 
 class Operands(NamedTuple):
   """What the function of one `Score` reads."""
@@ -390,3 +396,27 @@ def reverse(forward, backward):
 
   attend.defvjp(attend_fwd, attend_bwd)
   return attend
+
+
+def once(name: str):
+  """Makes a forward or backward of kernels say that they have no derivative.
+
+  What differentiates an attention twice would come upon the kernels, and JAX
+  then says nothing of what to do. In compiled programs there is no trace of it.
+
+  Args:
+    name: of the implementation.
+  """
+
+  def of(run):
+    guarded = jax.custom_jvp(run, nondiff_argnums=(0,))
+
+    @guarded.defjvp
+    def differentiate(rule, inputs, tangents):
+      raise NotImplementedError(
+        f'attention, implementation={name!r}: {NOT_TWICE}'
+      )
+
+    return guarded
+
+  return of

@@ -14,6 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from pallas_kernels import masks
 from pallas_kernels.blocks import Blocks
@@ -275,9 +277,27 @@ def fold(rule: Rule, visit, carry, query, keys):
   carry = lax.fori_loop(
     0, unmasked, lambda i, carry: visit(order[i], carry, False), carry
   )
-  return lax.fori_loop(
+  carry = lax.fori_loop(
     unmasked, seen, lambda i, carry: visit(order[i], carry, True), carry
   )
+  return jax.tree.map(_not_backwards.bind, carry)
+
+
+def _refuse(dx, x):
+  raise NotImplementedError(
+    "attention, implementation='xla' or another in tiles: its loops are of"
+    ' unknown length, so there is no reverse mode over reverse: use'
+    " implementation='plain', or forward mode over reverse"
+  )
+
+
+# Does nothing, but that reverse mode, on its way to a loop, comes here first.
+_not_backwards = Primitive('not_backwards')
+_not_backwards.def_impl(lambda x: x)
+_not_backwards.def_abstract_eval(lambda x: x)
+ad.deflinear2(_not_backwards, _refuse)
+batching.defvectorized(_not_backwards)
+mlir.register_lowering(_not_backwards, lambda context, x: [x])
 
 
 def scan(f, carry, blocks):

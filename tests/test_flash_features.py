@@ -486,6 +486,13 @@ def test_forward_mode_belongs_to_plain():
     jax.jvp(functools.partial(loss, 'xla', blocks), x, u)
 
 
+def test_reverse_over_reverse_belongs_to_plain():
+  x, u = small()
+  f = functools.partial(loss, 'xla', Blocks(5, 4))
+  with pytest.raises(NotImplementedError, match="use implementation='plain'"):
+    jax.eval_shape(functools.partial(HESSIANS['reverse over reverse'], f), x, u)
+
+
 def temporary(form, t):
   """Bytes of temporaries of a gradient at t tokens."""
   x = jax.ShapeDtypeStruct((1, t, 1, 64), jnp.float32)

@@ -22,7 +22,15 @@ from pallas_kernels.problem import problem
 from pallas_kernels.scores import Buckets, Score, Slopes
 from tests import devices, gpu_interpreter
 from tests.gpu_interpreter import interpreted
-from tests.test_flash_tpu import COUNTED, PADDED, ask, broken, draw, formula
+from tests.test_flash_tpu import (
+  COUNTED,
+  PADDED,
+  ask,
+  broken,
+  draw,
+  formula,
+  twice,
+)
 
 SEGMENTS = {'query_segments': PADDED, 'key_segments': PADDED}
 ORDERS = {'query_order': COUNTED, 'key_order': COUNTED}
@@ -99,6 +107,10 @@ def test_exact(name):
 def test_a_tile_without_its_mask_is_noticed():
   name = 'causal unmasked'
   assert json.loads(devices.run('-m', 'tests.test_flash_gpu', name))
+
+
+def test_not_differentiated_twice():
+  twice('gpu', jnp.float16)
 
 
 # name: sizes, and what `problem` takes; t = 1000 needs padding.

@@ -54,6 +54,7 @@ from pallas_kernels.problem import (
   Rule,
   alike,
   floats,
+  once,
   one_segment,
   reverse,
   unfit,
@@ -462,6 +463,7 @@ def _forward_kernel(rule, plan, ins, outs, scratch):
     )
 
 
+@once('gpu')
 def forward(rule, q, k, v, extras, query, key):
   """The finished o, m and l; arguments as in `problem`."""
   # What happens to scores needs registers, as wide heads do.
@@ -623,6 +625,7 @@ def _keys_kernel(wanted, rule, plan, ins, outs, scratch):
     )
 
 
+@once('gpu')
 def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
   """dq, dk, dv and the gradient of extras; m is a constant."""
   dextras = floats(extras)

@@ -49,6 +49,7 @@ from pallas_kernels.problem import (
   Rule,
   alike,
   floats,
+  once,
   reverse,
   unfit,
 )
@@ -236,6 +237,7 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
     outs['l'][...] = l[row, :]
 
 
+@once('tpu')
 @functools.partial(jax.jit, static_argnums=0)
 def forward(rule, q, k, v, extras, query, key):
   """The finished o, m and l."""
@@ -497,6 +499,7 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
       out[...] = jnp.broadcast_to(ref[...], (side_k, 128)).T[:1]
 
 
+@once('tpu')
 @functools.partial(jax.jit, static_argnums=0)
 def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
   """dq, dk, dv and the gradient of extras; m is a constant."""
