@@ -12,9 +12,9 @@ or plan a large one for chips that are not there:
 
 After the colon stands, in any order and divided by commas:
 
-  ring | striped | zigzag | ulysses | groups | gather
+  ring | striped | zigzag | ulysses | hybrid | gather
               how devices work together (`striped` and `zigzag` are rings of
-              tokens in that layout, `groups` is Ulysses within a ring); left
+              tokens in that layout, `hybrid` is Ulysses within a ring); left
               out, both are chosen
   linear      three layers of gated linear attention to one of softmax
   size=small|3b|7b|13b|30b
@@ -37,7 +37,7 @@ WAYS = {
   'striped': ('ring', 'striped'),
   'zigzag': ('ring', 'zigzag'),
   'ulysses': ('ulysses', None),
-  'groups': ('hybrid', None),
+  'hybrid': ('hybrid', None),
   'gather': ('gather', None),
 }
 # width, depth, heads, hidden

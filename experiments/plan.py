@@ -11,7 +11,9 @@ what is sent and hidden is read from the program that would run. A 7B model for
 
   --length       tokens of a row, in place of the task's
   --longest      finds the longest row that fits, by bisection
-  --compare      several ways side by side: strategies, layouts of a ring, and
+  --compare      several ways side by side: strategies (of which `ring` and
+                 `hybrid` take the layout that is chosen, mostly a zigzag),
+                 layouts of a ring (`contiguous`, `striped`, `zigzag`), and
                  `blockwise`, for which a row stays on one device:
                  --compare=ring,striped,ulysses,hybrid,gather,blockwise
 
@@ -77,8 +79,9 @@ def longest(
 
   def seen(length):
     clock.say(f'{length:,} tokens')
-    all_seen[length] = plan(config, devices, length)
-    return all_seen[length]
+    here = all_seen[length] = plan(config, devices, length)
+    clock.note(f'{length:,} tokens: {here.verdict}')
+    return here
 
   here = seen(length)
   fits, fails = (here, None) if here.fits else (None, here)
@@ -113,7 +116,10 @@ def report(found: Plan, console: Console) -> None:
       'temporaries': amount(found.held['temporaries']),
     }
   lines['in all'] = found.verdict
-  if found.held:
+  if not found.held:
+    lines['in all'] += ', by a rough count: the compiler gave up before it laid'
+    lines['in all'] += ' out memory, so what is held by what is not known'
+  else:
     share = found.hidden / found.sent if found.sent else 1
     lines['sent a step'] = (
       f'{amount(found.sent)} by each device, {share:.0%} behind other work'
@@ -129,18 +135,24 @@ def report(found: Plan, console: Console) -> None:
     console.print(f'to change: {text}', markup=False, highlight=False)
 
 
-def compared(plans: dict[str, Plan], console: Console) -> None:
-  """Ways side by side."""
+def compared(plans: dict[str, Plan | str], console: Console) -> None:
+  """Ways side by side, or why one cannot be."""
   table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-  for name in ('way', 'tokens', 'rows', 'held', 'left', 'sent', 'hidden'):
-    table.add_column(name, justify='left' if name == 'way' else 'right')
+  left = 'way', 'layout'
+  for name in (*left, 'tokens', 'rows', 'held', 'left', 'sent', 'hidden'):
+    table.add_column(name, justify='left' if name in left else 'right')
+  refused = {n: found for n, found in plans.items() if isinstance(found, str)}
   for name, found in plans.items():
+    if isinstance(found, str):
+      table.add_row(name, 'refused')
+      continue
     sent = hidden = 'not compiled'
     if found.held:
       sent = amount(found.sent)
       hidden = f'{found.hidden / found.sent:.0%}' if found.sent else ''
     table.add_row(
       name,
+      found.layout,
       f'{found.length:,}',
       f'{found.batch:,}',
       amount(found.needs),
@@ -150,6 +162,8 @@ def compared(plans: dict[str, Plan], console: Console) -> None:
     )
   console.print(table)
   console.print('Held, left and sent (in a step) are of one device.')
+  for name, why in refused.items():
+    console.print(f'{name}: {why}', markup=False, highlight=False)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -179,10 +193,15 @@ def main(argv: Sequence[str]) -> None:
       for name, asked in ways.items():
         title = f'{name + ": " if name else ""}compiles for {len(devices)} x'
         clock.start(f'{title} {devices[0].device_kind}')
-        if options.longest:
-          plans[name], *_ = longest(asked, devices, length, clock)
-        else:
-          plans[name] = plan(asked, devices, length)
+        try:
+          if options.longest:
+            plans[name], *_ = longest(asked, devices, length, clock)
+          else:
+            plans[name] = plan(asked, devices, length)
+        except (ValueError, NotImplementedError) as error:
+          if len(ways) == 1:
+            raise
+          plans[name] = str(error)
   except KeyboardInterrupt:
     sys.exit(130)
   except (ValueError, NotImplementedError, ModuleNotFoundError) as error:
@@ -191,7 +210,8 @@ def main(argv: Sequence[str]) -> None:
     compared(plans, console)
   else:
     report(plans[''], console)
-  sys.exit(0 if any(found.fits for found in plans.values()) else 1)
+  made = [found for found in plans.values() if isinstance(found, Plan)]
+  sys.exit(0 if any(found.fits for found in made) else 1)
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:

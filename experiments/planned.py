@@ -17,7 +17,7 @@ from jaxattn.analysis import traffic
 from jaxattn.models import pattern
 from jaxattn.packing import Packing
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import place, sequence
+from jaxattn.parallel import place, prefix, sequence
 from jaxattn.parallel.place import amount
 from jaxattn.tasks.batch import Batch
 from jaxattn.train import build, optimizer, step
@@ -185,7 +185,8 @@ class _Chosen(logging.Handler):
     return max(hops, default=1)
 
   def __enter__(self):
-    sequence.choose.cache_clear()  # it says each choice once
+    sequence.choose.cache_clear()  # each choice is said once
+    prefix.passes.cache_clear()
     self.before = sequence.log.level, sequence.log.propagate
     sequence.log.setLevel(logging.INFO)
     sequence.log.propagate = False

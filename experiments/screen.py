@@ -142,6 +142,10 @@ class Clock:
     self.text = text
     self.bars.update(self.bar, text=text)
 
+  def note(self, text: str) -> None:
+    """A line that stays, of what is done."""
+    self.console.print(text, markup=False, highlight=False)
+
   def __enter__(self):
     self.bars.start()
     if not self.console.is_terminal:

@@ -122,7 +122,11 @@ def devices(topology: str) -> tuple[jax.Device, ...]:
       **(two_cores if chip == 'v4' else {}),
     )
   except Exception as error:  # JaxRuntimeError, of what libtpu says
-    raise ValueError(f'topology={topology!r}: {error}') from error
+    raise ValueError(
+      f'there is no topology={topology!r}: the smallest is {known[chip]}, and'
+      ' larger ones have powers of two for sides, as far as the chips were'
+      f' built; libtpu says: {str(error).splitlines()[0]}'
+    ) from error
   return tuple(described.devices)
 
 

@@ -72,7 +72,7 @@ def test_losses_are_those_of_one_device(found, way, mode):
 def test_what_may_stand_after_the_colon():
   get = long_context.get_config
   assert get('striped').layout == 'striped'
-  assert get('groups,size=7b').policy.strategy == 'hybrid'
+  assert get('hybrid,size=7b').policy.strategy == 'hybrid'
   assert get('linear').model.mixer == '3:1 gated_linear multi_head'
   with pytest.raises(ValueError, match=r"'size=8b'.*size=3b|'size=8b' is not"):
     get('size=8b')

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 
 import jax
@@ -24,6 +25,7 @@ from jaxattn.parallel import (
   between,
   gather,
   halo,
+  prefix,
   ring,
   sequence,
   stripe,
@@ -522,6 +524,33 @@ def chosen():
   return found
 
 
+def passed():
+  """Recurrence -> bytes that are sent, as it says, and in each gather."""
+  rng, said, found = np.random.default_rng(0), [], {}
+  normal = lambda *shape: rng.normal(size=(2, N * 24, *shape))
+  q, k, v = (normal(3, 16) for _ in range(3))
+  handler = logging.Handler()
+  handler.emit = lambda record: said.append(record.args[1].sent)
+  sequence.log.addHandler(handler)
+  sequence.log.setLevel(logging.INFO)
+  for name, run, inputs in (
+    ('gated', prefix.gated, (q, k, v, -abs(normal(3, 1)))),
+    ('delta', prefix.delta, (q, k, v, 1 / (1 + abs(normal(3))))),
+  ):
+    arrays = [jnp.asarray(x, jnp.float32) for x in inputs]
+    many = jax.shard_map(
+      lambda *x, run=run: run(*x)[0],
+      in_specs=ROWS['time'],
+      out_specs=ROWS['time'],
+    )
+    moved = list(sent(jax.make_jaxpr(many)(*arrays).jaxpr))
+    found[name] = [said.pop(), [x for x in moved if x[0] == 'all_gather']]
+    assert not said
+    assert len(moved) == len(found[name][1])
+  sequence.log.removeHandler(handler)
+  return found
+
+
 def hops():
   """How often keys are sent round, by window: forward, and backward."""
   found = {}
@@ -615,6 +644,7 @@ def main():
       'mutants': {mutant: rejected(mutant) for mutant in MUTANTS | NARROW},
       'chosen': chosen(),
       'hops': hops(),
+      'passed': passed(),
       'room': room(),
       'sigmoid': sigmoid_apart(),
     }
@@ -666,6 +696,15 @@ def test_the_chooser_knows_the_costs(name, found):
   moves, moved = found['chosen'][name]['moved']
   assert moves == 2 * hops  # keys and values, or q, k and v, and o back
   assert size == moved
+
+
+@pytest.mark.parametrize('name', ['gated', 'delta'])
+def test_recurrences_know_the_costs(name, found):
+  """Once, of each array that an effect has, and nothing else."""
+  said, gathers = found['passed'][name]
+  assert said == sum(size for _, size, _ in gathers)
+  assert len(gathers) == {'gated': 2, 'delta': 1}[name]
+  assert all(times == 1 for *_, times in gathers)
 
 
 def test_a_gather_in_groups_holds_less(found):

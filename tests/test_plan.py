@@ -129,9 +129,14 @@ def test_words():
   assert 'does not fit by 4.00 GiB' in told
   assert 'to change: more devices' in told
   assert 'sent' not in told
+  assert 'the compiler gave up' in told
   out = console()
-  program.compared({'ring': BLANK, 'gather': much}, out)
-  assert 'not compiled' in out.file.getvalue()
+  why = '7 heads and 8 devices'
+  program.compared({'ring': BLANK, 'gather': much, 'ulysses': why}, out)
+  told = out.file.getvalue()
+  assert 'not compiled' in told
+  assert 'refused' in told
+  assert f'ulysses: {why}' in told
 
 
 # ---------------------------------------------------- with a compiler of TPUs

@@ -30,6 +30,8 @@ tokens of the next. Results are those of one device; the state that is returned
 is the one after the device's own tokens.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -174,6 +176,8 @@ def enter(state, effect, then):
     effect: what this device's do to a state, a pytree of fixed shapes.
     then: (state, effect) -> the state after them.
   """
+  bytes_of = lambda x: x.size * x.dtype.itemsize
+  passes(lax.axis_size(meshes.SEQ), sum(map(bytes_of, jax.tree.leaves(effect))))
 
   @jax.checkpoint  # so that what all others sent is not kept
   def fold(state, effect):
@@ -188,6 +192,22 @@ def enter(state, effect, then):
     return lax.scan(step, state, (numbers, effects))[0]
 
   return fold(state, effect)
+
+
+@functools.cache  # and so logged once
+def passes(devices: int, size: int) -> sequence.Strategy:
+  """What it costs that all know each other's effect on a state; it is logged.
+
+  Args:
+    devices: over which time is spread.
+    size: bytes of one device's effect.
+  """
+  size *= devices - 1
+  reason = 'what tokens do to a state is sent, and no tokens'
+  strategy = sequence.Strategy('prefix', reason, 1, size, size, None)
+  log = sequence.log
+  log.info('a recurrence over %d devices runs as %s', devices, strategy)
+  return strategy
 
 
 def _of_all(x):

@@ -16,6 +16,7 @@ looks at the state some steps later still finds the last good one.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ from jaxattn.parallel import place, sequence, stripe
 from jaxattn.tasks.batch import Batch, weighed
 from jaxattn.train import build
 from jaxattn.typing import Array, PyTree
+
+log = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +116,17 @@ class Feed:
 
   @classmethod
   def of(cls, config, task, model, mesh) -> 'Feed':
-    """That of a complete configuration; its layout is asked for, or chosen."""
+    """That of a complete configuration; its layout is asked for, or chosen.
+
+    It warns of a length that does not divide over `seq`.
+    """
+    length, parts = task.length, mesh.shape[meshes.SEQ]
+    if length % parts:
+      log.warning(
+        '%d tokens do not divide among seq=%d devices: each holds all of them'
+        ' outside of what mixes over time; %d would divide',
+        *(length, parts, max(length // parts, 1) * parts),
+      )
     specs = {name: registry.spec(name) for name in model.layers()}
     with jax.set_mesh(mesh):
       layout = sequence.layout(specs, task.length, config['layout'])
