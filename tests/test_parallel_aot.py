@@ -165,6 +165,28 @@ def test_what_other_rings_send_is_hidden(topology, attend, heads):
   }
 
 
+@pytest.mark.parametrize('chip', FOUR_AND_SIXTEEN)
+def test_what_becomes_of_a_reduce_scatter(chip):
+  """Twice the bytes, of a program that is nothing else.
+
+  If this fails the compiler has become better: what CONTRIBUTING.md says of
+  weights and their gradients is then to be written anew.
+  """
+  devices = chips.devices(FOUR_AND_SIXTEEN[chip][1])
+  mesh = jax.sharding.Mesh(devices, ('seq',))
+  where = jax.P('seq')
+  shape = jax.ShapeDtypeStruct(
+    (len(devices), 4096, 4096),
+    jnp.float32,
+    sharding=jax.NamedSharding(mesh, where),
+  )
+  scatter = lambda x: lax.psum_scatter(x[0], 'seq', tiled=True)
+  with jax.set_mesh(mesh):
+    run = jax.shard_map(scatter, in_specs=where, out_specs=where)
+    text = jax.jit(run).lower(shape).compile().as_text()
+  assert [x.kind for x in traffic.exchanges(text)] == ['all-reduce']
+
+
 # ------------------------------------------------------------------------- GPUs
 
 
