@@ -26,7 +26,10 @@ from rich.console import Console
 from rich.progress import track
 
 CHIPS = ('v5e', 'v5p', 'v6e')
-TILES = ((512, 512), (1024, 512), (1024, 1024))
+TILES = {  # queries x keys, the chosen ones among them
+  'forward': ((512, 512), (1024, 512), (1024, 1024), (2048, 512)),
+  'backward': ((512, 512), (1024, 512)),
+}
 PART = 512  # keys of a tile that splash computes at a time
 HEADS, LENGTH, WIDTH = 8, 32768, 128
 MXU, VALU, FILL, SPILL = 0, 2, 6, 8  # columns of the table of units
@@ -48,7 +51,7 @@ class Schedule:
     step: tile, and what every step does besides.
     masked: tile, where the tile needs a mask and has a program of its own.
     busy: share of the slots for matrix work that a step fills.
-    fills, spills: in `tile`.
+    fills, spills: in `tile`, or in `masked` if there are more.
     seconds: of compiling.
   """
 
@@ -126,14 +129,13 @@ def steady(
   if tile is None:
     around = 0
   step = len(own[tile]) + around
-  others = [len(own[span]) for span in tiles if span != tile]
   return Schedule(
     tile=len(own[tile]),
     step=step,
-    masked=max(others, default=None),
+    masked=max((len(own[x]) for x in tiles if x != tile), default=None),
     busy=work[tile] / (slots * step),
-    fills=total(own[tile], FILL),
-    spills=total(own[tile], SPILL),
+    fills=max(total(own[x], FILL) for x in tiles),
+    spills=max(total(own[x], SPILL) for x in tiles),
   )
 
 
@@ -255,12 +257,11 @@ def static(args: argparse.Namespace) -> list[str]:
   del args
   from jaxattn.analysis.table import markdown
 
-  sides = [(*map(str, tile),) for tile in TILES]
   cells = [
-    (whose, direction, chip, *tile)
+    (whose, direction, chip, *map(str, tile))
     for chip in CHIPS
-    for direction in ('forward', 'backward')
-    for tile in sides
+    for direction, tiles in TILES.items()
+    for tile in tiles
     for whose in ('ours', 'splash')
   ] + [('flash', 'forward', chip, '128', '128') for chip in CHIPS]
   found = {
@@ -299,6 +300,7 @@ def static(args: argparse.Namespace) -> list[str]:
     "the fused one; `flash` is jax's, with its default blocks. MXU slots are "
     'those that a step fills: no more of the peak can be reached. A bundle '
     'takes a cycle or, where it waits for the matrix units or for memory, '
+    'more. Fills and spills are those of the tile with a mask, where that has '
     'more. Seconds to compile include writing the schedules down.',
     markdown(head, rows),
   ]

@@ -33,34 +33,38 @@ class Tile:
     q, k: queries and keys in the tile.
     rows: keys in a part.
     columns: queries in a part.
+    depth: keys over which a product with v sums at once, forward: a multiple of
+      rows.
   """
 
   q: int
   k: int
   rows: int
   columns: int
+  depth: int = 128
 
 
-# Found by static schedules, see docs/benchmarks/flash_tpu.md.
+# Found by static schedules, see docs/benchmarks/flash_tpu.md: of those without
+# spills the ones with fewest bundles. Parts are as wide as matrix units are.
 TPU = {
   'TPU v4': {
-    'forward': Tile(1024, 1024, 1024, 512),
+    'forward': Tile(2048, 512, 128, 128),
     'backward': Tile(1024, 512, 512, 256),
   },
   'TPU v5 lite': {  # v5e
-    'forward': Tile(1024, 1024, 256, 1024),
+    'forward': Tile(2048, 512, 128, 128),
     'backward': Tile(1024, 512, 512, 256),
   },
   'TPU v5': {  # v5p
-    'forward': Tile(1024, 1024, 256, 1024),
+    'forward': Tile(2048, 512, 128, 128),
     'backward': Tile(1024, 512, 512, 256),
   },
   'TPU v6 lite': {  # v6e
-    'forward': Tile(1024, 1024, 1024, 512),
+    'forward': Tile(2048, 512, 128, 256, 512),
     'backward': Tile(1024, 512, 256, 256),
   },
   'TPU7x': {
-    'forward': Tile(1024, 1024, 1024, 512),
+    'forward': Tile(2048, 512, 128, 256, 512),
     'backward': Tile(1024, 512, 512, 256),
   },
 }
@@ -95,5 +99,8 @@ def tile(
     most = whole(asked or most // less)
     return min(most, whole(-(-length // -(-length // most))))
 
-  q, k = side(blocks.q, t, best.q), side(blocks.k, s, best.k)
-  return Tile(q, k, min(best.rows, k), min(best.columns, q))
+  # Half of a tile on the diagonal is in vain: it should not be half of all.
+  wide = min(best.q, max(1024, t // 4))
+  q, k = side(blocks.q, t, wide), side(blocks.k, s, best.k)
+  rows, columns = min(best.rows, k), min(best.columns, q)
+  return Tile(q, k, rows, columns, max(rows, min(best.depth, k)))

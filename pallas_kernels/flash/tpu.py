@@ -30,6 +30,7 @@ be elementwise in them.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -150,7 +151,7 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
   runs = plan.runs(table, b, i, True)
   total = runs.total
   q, k, v = ins['q'], ins['k'], ins['v']
-  x_buffer, p_buffer, o, m, top, l, shrink = scratch  # noqa: E741
+  x_buffer, p_buffer, o, m, l, shrink = scratch  # noqa: E741
   now, before = (
     layout.Standing(plan, ins['query'], keys, i, runs.tile(n, lag))
     for lag, keys in ((0, ins['key']), (1, ins['key_before']))
@@ -158,34 +159,34 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
   side_q, side_k = plan.tile.q, plan.tile.k
   row = pl.ds(0, 1)
 
+  parts = layout.cut(side_k, plan.tile.rows)
+
   def add(columns):
     """o += p v, of the tile before the one before."""
-    o[:, columns] = shrink[row, columns] * o[:, columns] + plan.dot(
-      v[...], p_buffer[:, columns], NN
-    )
+    for keys in layout.cut(side_k, plan.tile.depth):
+      o[:, columns] += plan.dot(v[:, keys], p_buffer[keys, columns], NN)
+      yield from itertools.repeat(None, plan.tile.depth // plan.tile.rows)
 
   def weigh(columns):
-    """p = exp(x - m), of the tile before."""
-    old = m[row, columns]
-    new = jnp.maximum(old, top[row, columns])
-    factor = plan.power(old - new)
-    m[row, columns] = new
-    shrink[row, columns] = factor
-    sum_ = factor * l[row, columns]
-    for rows in layout.cut(side_k, plan.tile.rows):
-      p = plan.power(x_buffer[rows, columns] - new)
-      sum_ += p.sum(0, keepdims=True)
+    """p = exp(x - m), of the tile before; o is then in units of its m, too."""
+    most, factor, sums = m[row, columns], shrink[row, columns], None
+    for rows in parts:
+      p = plan.power(x_buffer[rows, columns] - most)
+      more = layout.folded(jnp.sum, p)
+      sums = more if sums is None else sums + more
       if rule.weights:
         own = Extras(weights=ins['extras_before'])
         own = layout.part_of(Extras((), rests.weights), own, rows, columns)
         p, _ = layout.modified(rule.weighed, p, before, own, rows, columns)
       p_buffer[rows, columns] = p.astype(p_buffer.dtype)
-    l[row, columns] = sum_
+      yield
+    l[row, columns] = factor * l[row, columns] + sums.sum(0, keepdims=True)
+    o[:, columns] = factor * o[:, columns]
 
   def score(columns, masked):
-    """x = q k, of the tile that has come."""
-    most = None
-    for rows in layout.cut(side_k, plan.tile.rows):
+    """x = q k and m, of the tile that has come."""
+    best = None
+    for rows in parts:
       x = plan.dot(k[rows, :], q[columns, :], NT)
       if plan.modified:
         own = layout.part_of(
@@ -195,14 +196,21 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
       if masked:
         x = layout.masked(rule, plan, x, now, rows, columns)
       x_buffer[rows, columns] = x
-      best = x.max(0, keepdims=True)
-      most = best if most is None else jnp.maximum(most, best)
-    top[row, columns] = most
+      more = layout.folded(jnp.max, x)
+      best = more if best is None else jnp.maximum(best, more)
+      yield
+    old = m[row, columns]
+    new = jnp.maximum(old, best.max(0, keepdims=True))
+    m[row, columns], shrink[row, columns] = new, plan.power(old - new)
 
   def stages(*which):
+    """Part by part in turn: a part leaves its buffer for another that comes.
+
+    Else what waits for the room would wait in registers, of which there are 64.
+    """
     for columns in layout.cut(side_q, plan.tile.columns):
-      for stage in which:
-        stage(columns)
+      for _ in itertools.zip_longest(*(stage(columns) for stage in which)):
+        pass
 
   @pl.when(n == 0)
   def _():
@@ -321,7 +329,7 @@ def forward(rule, q, k, v, extras, query, key):
           buffer(sides.k, sides.q),
           buffer(sides.k, sides.q, dtype=q.dtype),
           buffer(plan.e, sides.q),
-          *[one] * 4,
+          *[one] * 3,
         ]
       ],
     ),

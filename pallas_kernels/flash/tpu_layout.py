@@ -367,6 +367,11 @@ def masked(rule, plan, x, standing, rows, columns):
   return jnp.where(masks.sees(rule.mask, query, key), x, -jnp.inf)
 
 
+def folded(reduce, x):
+  """'s t' to '8 t': reduced as far as no sublane meets another."""
+  return reduce(x.reshape(-1, 8, x.shape[1]), 0)
+
+
 def cut(length, size):
   return [
     pl.ds(start, min(size, length - start)) for start in range(0, length, size)
