@@ -9,8 +9,10 @@ compiled by the compiler of those chips: so it is their verdict on memory, and
 what is sent and hidden is read from the program that would run. A 7B model for
 256 chips takes about half a minute on two CPU cores.
 
-  --length       tokens of a row, in place of the task's
-  --longest      finds the longest row that fits, by bisection
+  --length       tokens of a row, in place of the task's; any number: a row that
+                 devices cannot share evenly is filled up
+  --longest      finds the longest row that fits, to an eighth of an octave; it
+                 begins at that length, and goes up or down
   --compare      several ways side by side: strategies (of which `ring` and
                  `hybrid` take the layout that is chosen, mostly a zigzag),
                  layouts of a ring (`contiguous`, `striped`, `zigzag`), and
@@ -24,6 +26,7 @@ chip has two devices, any other has one.
 The exit status is 1 if it does not fit, or something was wrong.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -42,10 +45,13 @@ from experiments.planned import Plan, amount, plan
 from experiments.screen import Clock
 from experiments.train import parsed
 from jaxattn.parallel import sequence, stripe
+from jaxattn.tasks import registry as tasks
 from pallas_kernels import chips
 
 # Lengths that `--longest` tells apart, in an octave.
 STEPS = 8
+# Where it ends: places in a row are numbers of 32 bits.
+MOST = 2**30
 
 
 def way(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -71,11 +77,11 @@ def longest(
 
   Lengths are doubled or halved from `length` on until one fits and the next
   does not. Then the octave between is divided into STEPS and searched, where
-  the bytes that both need let expect the answer. All are multiples of the
-  number of devices, so that time divides.
+  the bytes that both need let expect the answer. All but the first are lengths
+  that devices can share evenly, for others are filled up to such. If none fits,
+  the first answer is the shortest there is; if all do, the second is None.
   """
-  all_seen, unit = {}, len(devices)
-  length = max(length // unit, 1) * unit
+  all_seen = {}
 
   def seen(length):
     clock.say(f'{length:,} tokens')
@@ -84,10 +90,11 @@ def longest(
     return here
 
   here = seen(length)
+  here, unit = dataclasses.replace(here, length=here.filled), here.unit
   fits, fails = (here, None) if here.fits else (None, here)
   while fits is None or fails is None:
-    length = length * 2 if here.fits else length // 2 // unit * unit
-    if not length:
+    length = here.length * 2 if here.fits else here.length // 2 // unit * unit
+    if not 0 < length <= MOST:
       return here, None, all_seen
     here = seen(length)
     fits, fails = (here, fails) if here.fits else (fits, here)
@@ -100,12 +107,26 @@ def longest(
   return fits, fails, all_seen
 
 
-def report(found: Plan, console: Console) -> None:
+def ends(found: Plan, fails: Plan | None) -> str:
+  """What a search for the longest row came to."""
+  if found.fits:
+    longer = f'{fails.length:,} do not' if fails else 'no longer were tried'
+    return f'{found.length:,} tokens a row fit, {longer}'
+  tokens = 'one token' if found.length == 1 else f'{found.length:,} tokens'
+  return f'none: not even {tokens} a row fit' + (
+    ', and devices cannot share fewer' if found.unit > 1 else ''
+  )
+
+
+def report(found: Plan, console: Console, search: str | None = None) -> None:
   """What one device holds and sends, and what to change if that is too much."""
+  tokens = f'{found.length:,} a row'
+  if found.filled > found.length:
+    tokens += f', filled up to {found.filled:,} for devices to share'
   lines = {
     'model': f'{found.parameters:,} parameters, {found.pattern}',
     'devices': f'{found.devices} x {found.kind} ({found.mesh})',
-    'tokens': f'{found.length:,} a row, {found.batch:,} rows a step',
+    'tokens': f'{tokens}, {found.batch:,} rows a step',
   }
   if found.held:
     lines |= {
@@ -128,6 +149,8 @@ def report(found: Plan, console: Console) -> None:
   for i, text in enumerate(found.strategies):
     lines['strategy' + (f' {i + 1}' if i else '')] = text
   lines['compiled in'] = f'{found.seconds:.0f} s'
+  if search:
+    lines['longest'] = search
   width = max(map(len, lines))
   for name, value in lines.items():
     console.print(f'{name:{width}}  {value}', markup=False, highlight=False)
@@ -183,19 +206,20 @@ def main(argv: Sequence[str]) -> None:
       )
     devices = chips.devices(options.topology)
     length = options.length or config['task'].get('length')
-    if not length:
-      raise ValueError("the task's length is not in the config: give --length")
+    if not length:  # that of its preset
+      length = tasks.make(**config['task']).length
     ways = {'': config}
     if options.compare:
       ways = {name: way(config, name) for name in options.compare}
-    plans = {}
+    plans, search = {}, None
     with Clock(console) as clock:
       for name, asked in ways.items():
         title = f'{name + ": " if name else ""}compiles for {len(devices)} x'
         clock.start(f'{title} {devices[0].device_kind}')
         try:
           if options.longest:
-            plans[name], *_ = longest(asked, devices, length, clock)
+            plans[name], fails, _ = longest(asked, devices, length, clock)
+            search = ends(plans[name], fails)
           else:
             plans[name] = plan(asked, devices, length)
         except (ValueError, NotImplementedError) as error:
@@ -209,7 +233,7 @@ def main(argv: Sequence[str]) -> None:
   if options.compare:
     compared(plans, console)
   else:
-    report(plans[''], console)
+    report(plans[''], console, search)
   made = [found for found in plans.values() if isinstance(found, Plan)]
   sys.exit(0 if any(found.fits for found in made) else 1)
 

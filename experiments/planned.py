@@ -15,9 +15,8 @@ import numpy as np
 
 from jaxattn.analysis import traffic
 from jaxattn.models import pattern
-from jaxattn.packing import Packing
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import place, prefix, sequence
+from jaxattn.parallel import place, prefix, sequence, stripe
 from jaxattn.parallel.place import amount
 from jaxattn.tasks.batch import Batch
 from jaxattn.train import build, optimizer, step
@@ -36,7 +35,8 @@ class Plan:
   """What is known of a step. Bytes are those of one device.
 
   Attributes:
-    length: tokens of a row; batch: rows of a step.
+    length: tokens of a row; unit: of which a row is filled up to a multiple,
+      for devices to share it; batch: rows of a step.
     devices: how many; kind: which; mesh: how they are laid out.
     parameters: of the model, in all; pattern: its layers, in words.
     layout: of tokens over devices.
@@ -50,6 +50,7 @@ class Plan:
   """
 
   length: int
+  unit: int
   batch: int
   devices: int
   kind: str
@@ -69,6 +70,11 @@ class Plan:
   @property
   def fits(self) -> bool:
     return self.needs <= self.room
+
+  @property
+  def filled(self) -> int:
+    """Tokens of a row with those that fill it up."""
+    return -(-self.length // self.unit) * self.unit
 
   @property
   def verdict(self) -> str:
@@ -111,13 +117,13 @@ def plan(
   task, model = build.build({**config, 'task': own})
   config = build.complete({**config, 'task': own})
   mesh = meshes.make(**config['mesh'], devices=devices)
-  chosen = _Chosen()
-  with jax.set_mesh(mesh), chosen:
+  with jax.set_mesh(mesh):
     feed = step.Feed.of(config, _Length(task, length), model, mesh)
     update, rate = optimizer.make(config['steps'], **config['optimizer'])
     programs = step.programs(model, feed, update, rate)
     began = time.perf_counter()
-    lowered = programs.train.lower(programs.shapes, _batch(task, feed))
+    with _Chosen() as chosen:
+      lowered = programs.train.lower(programs.shapes, _batch(task, feed))
     try:
       with _unkept():
         compiled = lowered.compile()
@@ -131,6 +137,7 @@ def plan(
   weights = jax.tree.leaves(programs.shapes.params)
   made = Plan(
     length=length,
+    unit=stripe.filled(1, mesh.shape[meshes.SEQ], feed.layout),
     batch=config['batch'],
     devices=len(devices),
     kind=devices[0].device_kind,
@@ -200,16 +207,14 @@ class _Chosen(logging.Handler):
 
 def _batch(task, feed: step.Feed) -> Batch:
   """The shapes of a batch, as the feed would lay it."""
-  length = feed.task.length
   row = task.batch('train', 0, np.arange(1))
-  if feed.layout != 'contiguous' and row.packing is None:
-    own = jax.eval_shape(lambda: Packing.dense(*row.weights.shape))
-    row = dataclasses.replace(row, packing=own)
-  spec = jax.P(None, *place.tokens(feed.rows, length, feed.mesh))
+  packing = jax.eval_shape(lambda: feed.packing(row, feed.layout))
+  row = dataclasses.replace(row, packing=packing)
+  spec = jax.P(None, *place.tokens(feed.rows, feed.length, feed.mesh))
   sharding = jax.NamedSharding(feed.mesh, spec)
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
-      (feed.accumulate, feed.rows, length, *x.shape[2:]),
+      (feed.accumulate, feed.rows, feed.length, *x.shape[2:]),
       jax.dtypes.canonicalize_dtype(x.dtype),
       sharding=sharding,
     ),
@@ -292,12 +297,6 @@ def _advice(config, made: Plan, shapes, mesh) -> tuple[str, ...]:
       '--config.model.block=2048: feed-forward and loss of so many tokens at a'
       ' time'
     )
-  if made.length % mesh.shape[meshes.SEQ]:
-    parts = mesh.shape[meshes.SEQ]
-    found.append(
-      f'--length={made.length // parts * parts}: a multiple of {parts}, so that'
-      ' time divides; else each device embeds all of it'
-    )
   if mesh.shape[meshes.SEQ] == 1 and made.devices > 1:
     found.append('--config.mesh.seq=-1: a row is spread over the devices')
   if any(text.startswith('gather') for text in made.strategies):
@@ -325,6 +324,8 @@ def _advice(config, made: Plan, shapes, mesh) -> tuple[str, ...]:
     )
   if state < made.room < made.needs:
     share = (made.room - state) / (made.needs - state)
-    fits = int(made.length * share * 0.95) // made.devices * made.devices
-    found.append(f'--length={fits}: about what would fit (see --longest)')
+    fits = int(made.length * share * 0.95)
+    if fits >= made.devices:
+      fits = fits // made.devices * made.devices
+      found.append(f'--length={fits}: about what would fit (see --longest)')
   return tuple(found)

@@ -38,12 +38,16 @@ class Packing:
     positions: 'b t' or 'b t p', what position encodings read; `None` means
       `order`. May repeat; p > 1 for images, video and geometry.
     tags: name -> 'b t', what masks may read besides (prefix, frame, role).
+    whole: it is known, before any array is looked at, that every row is one
+      document, in its order, with padding behind it or none. Engines may then
+      take a shorter way; who cuts or permutes the arrays takes it back.
   """
 
   order: PerToken
   segments: PerToken
   positions: Int[Array, 'b t'] | Int[Array, 'b t p'] | None = None
   tags: dict[str, PerToken] = dataclasses.field(default_factory=dict)
+  whole: bool = dataclasses.field(default=False, metadata={'static': True})
 
   @classmethod
   def dense(cls, batch: int, length: int) -> 'Packing':
@@ -106,6 +110,16 @@ class Packing:
           'Packing.from_segments numbers them'
         )
       ids = np.unique(pairs[0])
+      count = pairs.shape[1]
+      if self.whole and (
+        len(ids) > 1
+        or not valid[:count].all()
+        or (pairs[1] != np.arange(count)).any()
+      ):
+        raise ValueError(
+          f'row {row} is not one document in its order with padding behind it,'
+          ' as whole=True says'
+        )
       for segment in ids[1:]:  # the first may continue what a state holds
         if pairs[1][pairs[0] == segment].min() != 0:
           raise ValueError(
@@ -173,11 +187,13 @@ def resolve(
     return Tokens(order, segments, order, {}, None, None)
   positions = packing.order if packing.positions is None else packing.positions
   valid = packing.segments > 0
+  # A fresh state begins every row anyhow.
+  begun = packing.whole and clock is None
   return Tokens(
     packing.order,
     packing.segments,
     positions,
     packing.tags,
     valid,
-    valid & (packing.order == 0),
+    None if begun else valid & (packing.order == 0),
   )

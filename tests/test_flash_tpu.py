@@ -470,3 +470,25 @@ def test_not_differentiated_twice():
   """Nor is it interpreted: this fails while JAX traces."""
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
     twice('tpu', jnp.float32)
+
+
+def test_short_rows_in_float32_have_smaller_tiles():
+  """A product there is six: the tile of bfloat16 is long to compile."""
+
+  def sides(length, dtype, d=64):
+    x = jnp.zeros((1, length, 1, d), dtype)
+    side = (None, None, None)
+    rule, extras, query, key = problem(
+      *(x, x, x), mask=Causal(), query=side, key=side
+    )
+    plans = (
+      layout.make(rule, x, x, x, extras, query, key, direction)
+      for direction in ('forward', 'backward')
+    )
+    return [(plan.tile.q, plan.tile.k) for plan in plans]
+
+  large, small = [(1024, 1024), (1024, 512)], [(512, 512), (512, 256)]
+  assert sides(2048, jnp.float32) == small
+  assert sides(2048, jnp.bfloat16) == large
+  assert sides(4096, jnp.float32) == large
+  assert sides(4096, jnp.float32, d=128) == small

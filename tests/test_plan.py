@@ -19,6 +19,7 @@ from tests.devices import ROOT
 GIB = 2**30
 BLANK = Plan(
   length=0,
+  unit=4,
   batch=1,
   devices=4,
   kind='TPU v5 lite',
@@ -49,7 +50,8 @@ def searched(monkeypatch, start, needs):
 
   def fake(config, devices, length):
     seen.append(length)
-    return dataclasses.replace(BLANK, length=length, needs=int(needs(length)))
+    made = dataclasses.replace(BLANK, length=length)
+    return dataclasses.replace(made, needs=int(needs(made.filled)))
 
   monkeypatch.setattr(program, 'plan', fake)
   fits, fails, found = program.longest({}, [None] * 4, start, Clock(console()))
@@ -68,13 +70,18 @@ def test_the_longest_that_fits(monkeypatch, start, most):
   assert len(seen) <= 13
 
 
-@pytest.mark.parametrize('start', [1, 999, 123_457])
-def test_lengths_divide_among_the_devices(monkeypatch, start):
-  line = lambda length: 2 * GIB + 14 * GIB * length / 20_000
+@pytest.mark.parametrize('start', [1, 999, 123_457, 2**20])
+@pytest.mark.parametrize('most', [4, 7, 30, 20_000])
+def test_any_length_may_be_the_longest(monkeypatch, start, most):
+  line = lambda length: 2 * GIB + 14 * GIB * length / most
   fits, fails, seen = searched(monkeypatch, start, line)
-  assert fits.length <= 20_000 < fails.length
-  assert fails.length - fits.length < 2 * fits.length / program.STEPS
-  assert all(length % 4 == 0 for length in seen)
+  assert fits.length <= most < fails.length
+  one = max(2 * fits.length / program.STEPS, BLANK.unit)
+  assert fails.length - fits.length <= one
+  assert seen[0] == start
+  # Others are filled up to these, and no row is tried twice.
+  assert all(length % 4 == 0 for length in seen[1:])
+  assert len({-(-length // 4) for length in seen}) == len(seen)
 
 
 def test_needs_that_are_no_line_are_found_all_the_same(monkeypatch):
@@ -85,9 +92,25 @@ def test_needs_that_are_no_line_are_found_all_the_same(monkeypatch):
 
 
 def test_nothing_fits(monkeypatch):
-  fits, fails, _ = searched(monkeypatch, 64, lambda length: 17 * GIB)
-  assert not fits.fits
+  for start in (3, 64, 1000):
+    fits, fails, seen = searched(monkeypatch, start, lambda length: 17 * GIB)
+    assert not fits.fits
+    assert fails is None
+    assert fits.filled == 4
+    assert seen[-1] == min(start, 4)
+  said = program.ends(fits, fails)
+  assert said == (
+    'none: not even 4 tokens a row fit, and devices cannot share fewer'
+  )
+  alone = dataclasses.replace(fits, length=1, unit=1)
+  assert program.ends(alone, None) == 'none: not even one token a row fit'
+
+
+def test_everything_fits(monkeypatch):
+  fits, fails, _ = searched(monkeypatch, 2**20, lambda length: GIB)
   assert fails is None
+  assert program.MOST // 2 < fits.length <= program.MOST
+  assert program.ends(fits, None).endswith('fit, no longer were tried')
 
 
 def test_ways():
@@ -117,15 +140,20 @@ def test_what_a_compiler_says_is_understood():
 
 def test_words():
   out = console()
-  program.report(dataclasses.replace(BLANK, length=8, needs=GIB), out)
+  made = dataclasses.replace(BLANK, length=8, needs=GIB)
+  fails = dataclasses.replace(BLANK, length=12)
+  program.report(made, out, program.ends(made, fails))
   told = out.file.getvalue()
+  assert '8 a row, 1 rows a step' in told
+  assert '8 tokens a row fit, 12 do not' in told
   assert '1.00 GiB of 16.00 GiB: fits, 15.00 GiB are left' in told
   assert '4.00 GiB by each device, 25% behind other work' in told
   out = console()
   advice = ('more devices: ...',)
   much = dataclasses.replace(BLANK, needs=20 * GIB, held={}, advice=advice)
-  program.report(much, out)
+  program.report(dataclasses.replace(much, length=1021), out)
   told = out.file.getvalue()
+  assert '1,021 a row, filled up to 1,024 for devices to share' in told
   assert 'does not fit by 4.00 GiB' in told
   assert 'to change: more devices' in told
   assert 'sent' not in told

@@ -92,22 +92,22 @@ def test_what_cannot_be_is_refused_with_what_can():
     choose(alone, 'hybrid')
 
 
-def layout(names, length=1024, asked=None, seq=4):
+def layout(names, asked=None, seq=4):
   specs = {name: registry.spec(name) for name in names}
   mesh = jax.sharding.AbstractMesh((2, seq, 1), meshes.AXES)
   with jax.sharding.use_abstract_mesh(mesh):
-    return sequence.layout(specs, length, asked)
+    return sequence.layout(specs, asked)
 
 
 def test_layouts():
   assert layout(['multi_head', 'moba']) == 'zigzag'
-  assert layout(['multi_head', 'moba'], length=1028) == 'striped'
   assert layout(['multi_head', 'gated_linear']) == 'contiguous'
   assert layout(['multi_head', 'sliding_window']) == 'contiguous'
   assert layout(['sliding_window'], asked='zigzag') == 'zigzag'
-  assert layout(['multi_head'], length=1023) == 'contiguous'
+  assert layout(['multi_head'], asked='striped') == 'striped'
   assert layout(['multi_head'], seq=1) == 'contiguous'
-  assert sequence.layout({}, 1024) == 'contiguous'  # no mesh
+  assert layout(['multi_head'], asked='striped', seq=1) == 'contiguous'
+  assert sequence.layout({}) == 'contiguous'  # no mesh
 
 
 def test_layouts_that_cannot_be():
@@ -115,5 +115,3 @@ def test_layouts_that_cannot_be():
     layout(['s4d', 'multi_head', 'gated_linear'], asked='striped')
   with pytest.raises(ValueError, match='one of contiguous, striped, zigzag'):
     layout(['multi_head'], asked='spiral')
-  with pytest.raises(ValueError, match=r'1028 tokens .* a multiple of 8'):
-    layout(['multi_head'], length=1028, asked='zigzag')

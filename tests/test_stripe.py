@@ -31,6 +31,10 @@ def test_what_cannot_be_laid():
     stripe.order(8, 2, 'spiral')
   with pytest.raises(ValueError, match=r'18 tokens .* zigzag over 4 .* of 8'):
     stripe.order(18, 4, 'zigzag')
+  for layout, length in (('contiguous', 20), ('striped', 20), ('zigzag', 24)):
+    assert stripe.filled(18, 4, layout) == length
+    assert stripe.filled(length, 4, layout) == length
+    assert (stripe.order(7, 1, layout) == np.arange(7)).all()
 
 
 def slowest(found):

@@ -8,7 +8,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import types
 
 import flax.linen as nn
 import jax
@@ -403,20 +402,6 @@ def test_a_batch_is_the_rows_of_its_slices():
   flat = lambda array: np.asarray(array).reshape(4, 16)
   np.testing.assert_array_equal(flat(fed.inputs), rows.inputs)
   np.testing.assert_array_equal(flat(fed.weights), rows.weights)
-
-
-@pytest.mark.parametrize(('length', 'warned'), [(16, False), (18, True)])
-def test_a_length_that_does_not_divide_is_said(
-  caplog, monkeypatch, length, warned
-):
-  monkeypatch.setattr(jax, 'set_mesh', jax.sharding.use_abstract_mesh)
-  mesh = jax.sharding.AbstractMesh((1, 4, 1), meshes.AXES)
-  config = {'batch': 1, 'accumulate': 1, 'layout': None}
-  model = types.SimpleNamespace(layers=lambda: {'multi_head': 1})
-  task = types.SimpleNamespace(length=length)
-  with caplog.at_level('WARNING'):
-    step.Feed.of(config, task, model, mesh)
-  assert ('18 tokens do not divide among seq=4' in caplog.text) == warned
 
 
 def test_the_test_set_is_read_once():

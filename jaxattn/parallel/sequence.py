@@ -359,22 +359,19 @@ def remember(call: Call) -> Strategy:
   return strategy
 
 
-def layout(
-  specs: Mapping[str, Any], length: int, asked: str | None = None
-) -> str:
+def layout(specs: Mapping[str, Any], asked: str | None = None) -> str:
   """How the tokens of a model lie over devices; one of `stripe.LAYOUTS`.
 
   If every layer takes tokens in any order, and none reads what is near alone,
   they lie so that all devices have the same work: zigzag, which computes fewer
-  tiles, or striped where the length does not divide so far.
+  tiles than striped. Lengths do not matter: rows are filled up.
 
   Args:
     specs: the `Spec` of each mechanism of the model, by name.
-    length: of a sequence.
     asked: a layout by name; None to have one chosen.
 
   Raises:
-    ValueError: no such layout, or not for such a mechanism or length.
+    ValueError: no such layout, or not for such a mechanism.
   """
   if asked not in (None, *stripe.LAYOUTS):
     raise ValueError(
@@ -385,16 +382,13 @@ def layout(
   fixed = sorted(n for n, own in specs.items() if own.layout == 'contiguous')
   if asked is None:
     near = any(own.near for own in specs.values())
-    if parts == 1 or length % parts or fixed or near:
-      return 'contiguous'
-    return 'striped' if length % (2 * parts) else 'zigzag'
+    return 'contiguous' if parts == 1 or fixed or near else 'zigzag'
   if fixed and asked != 'contiguous':
     raise ValueError(
       f'layout={asked!r}: neighbours in time must be neighbours in memory for'
       f" {', '.join(fixed)}; take layout='contiguous', or leave it out"
     )
-  stripe.order(length, parts, asked)
-  return asked
+  return asked if parts > 1 else 'contiguous'
 
 
 # ------------------------------------------------- inside: what mixes over time

@@ -32,20 +32,30 @@ def order(length: int, devices: int, layout: str) -> np.ndarray:
   """
   if layout not in LAYOUTS:
     raise ValueError(f'layout={layout!r} must be one of {", ".join(LAYOUTS)}')
-  parts = {'contiguous': 1, 'striped': devices, 'zigzag': 2 * devices}[layout]
-  if length % parts:
+  tokens = np.arange(length)
+  if devices == 1 or layout == 'contiguous':
+    return tokens
+  if length % _parts(devices, layout):
     raise ValueError(
       f'{length} tokens cannot be laid {layout} over {devices} devices: make'
-      f' the length a multiple of {parts}'
+      f' the length a multiple of {_parts(devices, layout)}'
     )
-  tokens = np.arange(length)
   if layout == 'striped':
     return tokens.reshape(-1, devices).T.ravel()
-  if layout == 'zigzag':
-    chunks = tokens.reshape(2, devices, -1)
-    chunks[1] = chunks[1, ::-1].copy()
-    return chunks.swapaxes(0, 1).ravel()
-  return tokens
+  chunks = tokens.reshape(2, devices, -1)
+  chunks[1] = chunks[1, ::-1].copy()
+  return chunks.swapaxes(0, 1).ravel()
+
+
+def filled(length: int, devices: int, layout: str) -> int:
+  """The least length from this on that devices can share in a layout."""
+  parts = _parts(devices, layout)
+  return -(-length // parts) * parts
+
+
+def _parts(devices: int, layout: str) -> int:
+  """Pieces of equal length that a row is cut into."""
+  return 2 * devices if layout == 'zigzag' and devices > 1 else devices
 
 
 def lay(tree, devices: int, layout: str, axis: int = 1):

@@ -16,7 +16,8 @@ Beside it stand
   that come in and go out at every position;
 - `losses(outputs, batch)`, 'b t', what training lowers at each position: `nats`
   for token ids; `metrics(outputs, batch)`, (sum, count) by name; `headline`,
-  the name of the one that tells most, and `better`, 'lower' or 'higher';
+  the name of the one that tells most, and `better`, 'lower' or 'higher'. Rows
+  may come with padding of weight 0 behind their `length` tokens;
 - `chance`, scores of a guess, and `oracle`, who answers from the inputs alone
   as well as anyone can (None where nobody knows how);
 - `fingerprint()`, and in the module `PRESETS` and `make(preset, **fields)`.

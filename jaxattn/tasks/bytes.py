@@ -159,7 +159,7 @@ class Bytes:
       'loss': weighed(loss, batch.weights),
     }
     place = jnp.arange(bits.shape[-1])
-    for low, high in buckets(bits.shape[-1]):
+    for low, high in buckets(self.length):
       here = batch.weights * ((place >= low) & (place < high))
       scores[f'bits_per_byte@{low}-{high}'] = weighed(bits, here)
     return scores

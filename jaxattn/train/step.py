@@ -84,14 +84,16 @@ class Feed:
 
   Each process makes only the rows that its devices hold. A row is made whole,
   for a task is a function of rows, but goes to devices in parts: where `seq`
-  spans processes, each places its own part of time alone.
+  spans processes, each places its own part of time alone. A row whose length
+  does not divide among them is filled up with padding, of weight 0: so every
+  device holds its part and no more, and what is computed stays the same.
 
   Attributes:
     task: where rows come from.
     batch: rows of a training step.
     accumulate: slices of a batch.
     mesh: its `data` axis splits the rows of each slice, and its `seq` axis
-      time, where the length divides.
+      time.
     layout: of training tokens over `seq`, see `parallel.stripe`; test batches
       lie as they are, for metrics may tell places apart.
 
@@ -116,21 +118,23 @@ class Feed:
 
   @classmethod
   def of(cls, config, task, model, mesh) -> 'Feed':
-    """That of a complete configuration; its layout is asked for, or chosen.
-
-    It warns of a length that does not divide over `seq`.
-    """
-    length, parts = task.length, mesh.shape[meshes.SEQ]
-    if length % parts:
-      log.warning(
-        '%d tokens do not divide among seq=%d devices: each holds all of them'
-        ' outside of what mixes over time; %d would divide',
-        *(length, parts, max(length // parts, 1) * parts),
-      )
+    """That of a complete configuration; its layout is asked for, or chosen."""
     specs = {name: registry.spec(name) for name in model.layers()}
     with jax.set_mesh(mesh):
-      layout = sequence.layout(specs, task.length, config['layout'])
-    return cls(task, config['batch'], config['accumulate'], mesh, layout)
+      layout = sequence.layout(specs, config['layout'])
+    feed = cls(task, config['batch'], config['accumulate'], mesh, layout)
+    if feed.length > task.length:
+      log.info(
+        'rows of %d tokens are filled up to %d, for seq=%d devices to share',
+        *(task.length, feed.length, mesh.shape[meshes.SEQ]),
+      )
+    return feed
+
+  @property
+  def length(self) -> int:
+    """Tokens of a row, with those that fill it up."""
+    parts = self.mesh.shape[meshes.SEQ]
+    return stripe.filled(self.task.length, parts, self.layout)
 
   @property
   def rows(self) -> int:
@@ -141,11 +145,9 @@ class Feed:
     """The batch of a training step."""
     index = self._mine()
     batch = self.task.batch('train', step, index.ravel())
+    batch = self._filled(batch, self.layout)
     if self.layout != 'contiguous':
-      packing = batch.packing or Packing.dense(*batch.weights.shape)
-      batch = dataclasses.replace(batch, packing=packing)
-      parts = self.mesh.shape[meshes.SEQ]
-      batch = stripe.lay(batch, parts, self.layout)
+      batch = stripe.lay(batch, self.mesh.shape[meshes.SEQ], self.layout)
     return self._spread(batch, index)
 
   def test(self, number: int) -> Batch:
@@ -159,11 +161,30 @@ class Feed:
     exists = (index <= last).reshape(-1, *(1,) * (batch.weights.ndim - 1))
     weights = np.where(exists, batch.weights, np.zeros_like(batch.weights))
     batch = Batch(batch.inputs, batch.targets, weights, batch.packing)
-    return self._spread(batch, index)
+    return self._spread(self._filled(batch, 'contiguous'), index)
 
   def tests(self, most: int) -> int:
     """Number of test batches, at most `most`."""
     return min(most, -(-self.task.test_rows // self.batch))
+
+  def packing(self, batch: Batch, layout: str) -> Packing | None:
+    """Where the tokens of a task's rows stand, if that needs to be said."""
+    near, packing = layout == 'contiguous', batch.packing
+    if packing is None:
+      if near and self.length == self.task.length:
+        return None
+      packing = Packing.dense(*batch.weights.shape)
+      packing = dataclasses.replace(packing, whole=True)
+    return dataclasses.replace(packing, whole=packing.whole and near)
+
+  def _filled(self, batch: Batch, layout: str) -> Batch:
+    """Rows with padding behind them, so that time divides."""
+    batch = dataclasses.replace(batch, packing=self.packing(batch, layout))
+    fill = self.length - self.task.length
+    if not fill:
+      return batch
+    behind = lambda x: [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)
+    return jax.tree.map(lambda x: np.pad(x, behind(x)), batch)
 
   def _mine(self) -> np.ndarray:
     """'a b': numbers of the rows that this process makes."""

@@ -28,6 +28,7 @@ from pallas_kernels.problem import (
 )
 
 VMEM = 64 * 2**20  # bytes that a kernel may use, where a chip has as many
+SHORT = 2048  # tokens of which, in float32, a smaller tile does better
 MORE = 8  # rows below those of dq, for gradients of numbers of queries
 
 
@@ -129,6 +130,10 @@ def make(rule: Rule, q, k, v, extras, query, key, direction) -> Plan:
   row = max(d, e) * q.dtype.itemsize
   # A tile of the bias, and of its gradient, takes room as wide rows do.
   row = row if extras.bias is None else max(row, 512)
+  # In float32 a product is six, and a tile a program six times as long to
+  # compile; of few tiles half of those on the diagonal are computed in vain.
+  if q.dtype == jnp.float32 and max(t, s) <= SHORT:
+    row = max(row, 512)
   sides = tile(rule.blocks, direction, t, s, row)
   return Plan(**known(rule, q, k, v, extras, query, key, sides))
 
