@@ -8,6 +8,8 @@ for a TPU is tested here too, and in `test_flash_aot` that they compile.
 """
 
 import functools
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import pytest
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import flash, masks
+from pallas_kernels import blocks, flash, masks
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import plain, tpu
@@ -253,6 +255,41 @@ def test_exact(name, capfd):
   assert broken(fast, naive, exactly(name)) == []
 
 
+def in_parts(chip):
+  """What breaks the rule where tiles have parts, as they have on a chip.
+
+  Five tiles of keys for a block of queries, of 2 x 2 parts on a v5e, and on a
+  v6e of one product with v for two; the largest score rises from tile to tile.
+  """
+  q, k, *rest = draw(1, 300, 1100)
+  arrays = q, k * np.linspace(0.5, 2, 1100)[:, None, None], *rest
+  given = {'mask': Causal(), 'query_order': np.arange(300) + 800}
+  with jax.enable_x64(True):
+    exact = results(formula, arrays, {}, given)
+  naive = [results(formula, arrays, {}, given, w) for w in WEIGHTS]
+  given['blocks'] = Blocks(256, 256)
+  with mock.patch.object(blocks, 'chip', return_value=chip):
+    fast = interpreted(lambda: results(kernel, arrays, {}, given))
+  return broken(fast, naive, exact)
+
+
+@pytest.mark.parametrize('chip', ['TPU v5 lite', 'TPU v6 lite'])
+def test_exact_in_parts(chip, capfd):
+  assert in_parts(chip) == []
+  assert 'RACE DETECTED' not in capfd.readouterr().out
+
+
+def test_weights_that_are_replaced_too_early_are_noticed(monkeypatch):
+  """A mutant: of each part first come new scores, and old weights last."""
+  in_turn = tpu.itertools.zip_longest
+  late = types.SimpleNamespace(
+    zip_longest=lambda *stages: in_turn(*reversed(stages)),
+    repeat=tpu.itertools.repeat,
+  )
+  monkeypatch.setattr(tpu, 'itertools', late)
+  assert 'o' in ' '.join(in_parts('TPU v5 lite'))
+
+
 @pytest.mark.parametrize('mode', [('eager', 0), ('on_wait', 1)])
 def test_exact_in_the_other_mode(mode, capfd):
   arrays, given, numbers = CASES['causal']
@@ -487,8 +524,30 @@ def test_short_rows_in_float32_have_smaller_tiles():
     )
     return [(plan.tile.q, plan.tile.k) for plan in plans]
 
-  large, small = [(1024, 1024), (1024, 512)], [(512, 512), (512, 256)]
+  large, small = [(1024, 512)] * 2, [(512, 256)] * 2
   assert sides(2048, jnp.float32) == small
   assert sides(2048, jnp.bfloat16) == large
   assert sides(4096, jnp.float32) == large
   assert sides(4096, jnp.float32, d=128) == small
+
+
+def test_wide_tiles_are_for_long_rows():
+  """On the diagonal half of a tile is in vain; of few, much of all."""
+  side = lambda length: blocks.tile(Blocks(), 'forward', length, length).q
+  assert [side(x) for x in (1024, 4096, 8192, 2**20)] == [
+    1024,
+    1024,
+    2048,
+    2048,
+  ]
+  assert blocks.tile(Blocks(q=2048), 'forward', 4096, 4096).q == 2048
+
+
+@pytest.mark.parametrize('k', [128, 384, 640])
+def test_a_product_with_v_is_over_whole_parts(k):
+  """Of a tile that is asked for, too: else it would read what was replaced."""
+  for chip in blocks.TPU:
+    with mock.patch.object(blocks, 'chip', lambda chip=chip: chip):
+      tile = blocks.tile(Blocks(k=k), 'forward', 4096, 4096)
+      assert tile.k == k
+      assert tile.depth % tile.rows == 0
