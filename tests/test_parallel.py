@@ -31,6 +31,7 @@ from jaxattn.parallel import (
   stripe,
   ulysses,
 )
+from jaxattn.parallel import mesh as meshes
 from pallas_kernels import flash
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
@@ -275,6 +276,12 @@ def spread(over):
   return run
 
 
+def whole(f):
+  """Compiled; what it returns is whole on each device, and in each process."""
+  mesh = meshes.current()
+  return jax.jit(f, out_shardings=None if mesh is None else jax.P())
+
+
 def results(attend, arrays, given, numbers, *weights, dtype=None):
   """o, lse, and gradients of a weighed sum of both; for each weight.
 
@@ -287,11 +294,11 @@ def results(attend, arrays, given, numbers, *weights, dtype=None):
     total = jnp.sum(o * w) + jnp.sum(jnp.where(lse > -jnp.inf, lse * u, 0))
     return weight * total, (o.astype(q.dtype), lse)
 
-  run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+  run = whole(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
   wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
   given_in = dtype or wide
   kept_in = wide if wide == jnp.float64 else given_in
-  cast = lambda x: jnp.asarray(x, given_in).astype(kept_in)
+  cast = lambda x: np.asarray(x, given_in).astype(kept_in)
   inputs = jax.tree.map(cast, (tuple(arrays[:3]), numbers))
   for weight in weights:
     (q, k, v, rest), (o, lse) = run(*inputs[0], inputs[1], weight)
@@ -311,47 +318,63 @@ def spreads(x, exact):
   return rms(x - exact) / (rms(exact) or 1)
 
 
-def compare(case, overs, dtype=None):
+def errors(attend, case, exact, dtype, weights=WEIGHTS):
+  """The largest error, and the RMS error, of some weights."""
+  draws = list(results(attend, *CASES[case], *weights, dtype=dtype))
+  most = {at: max(error(x[at], exact[at]) for x in draws) for at in exact}
+  square = lambda at: [spreads(x[at], exact[at]) ** 2 for x in draws]
+  return most, {at: np.sqrt(np.mean(square(at))) for at in exact}
+
+
+@functools.cache
+def expected(case, dtype=None):
+  """Exact results; and errors on one device, by the formula and in tiles."""
+  with jax.enable_x64(True):
+    (exact,) = results(with_sinks, *CASES[case], 1.0, dtype=dtype)
+  naive, _ = errors(with_sinks, case, exact, dtype)
+  return exact, naive, errors(attend, case, exact, dtype)
+
+
+@functools.cache
+def in_tiles(case, queries, keys, dtype):
+  """Errors on one device, in tiles of so many."""
+  exact, *_ = expected(case, dtype)
+  in_blocks = functools.partial(attend, blocks=Blocks(queries, keys))
+  return errors(in_blocks, case, exact, dtype)
+
+
+def compare(case, overs, dtype=None, weights=WEIGHTS, growth=1.1):
   """Strategy -> where it errs too much.
 
-  By the error rule in float32; and by growth, a tenth, in any dtype.
+  By the error rule in float32; and by growth, in any dtype. One device may
+  compute in tiles as it likes, or in as many as there are parts (a hybrid has
+  parts of twice the size) or, as where keys are gathered, of all keys: of them
+  the worst counts.
   """
-  arrays, given, numbers = CASES[case]
-  with jax.enable_x64(True):
-    (exact,) = results(with_sinks, arrays, given, numbers, 1.0, dtype=dtype)
-
-  def errors(attend):
-    """The largest error, and the RMS error, of some weights."""
-    draws = list(results(attend, arrays, given, numbers, *WEIGHTS, dtype=dtype))
-    most = {at: max(error(x[at], exact[at]) for x in draws) for at in exact}
-    square = lambda at: [spreads(x[at], exact[at]) ** 2 for x in draws]
-    return most, {at: np.sqrt(np.mean(square(at))) for at in exact}
-
-  # In tiles as it likes, and as many as parts; and, as where keys are
-  # gathered, of all keys: of them the worst.
-  s = arrays[1].shape[1]
-  # (A hybrid has parts of twice the size.)
-  tiles = [(T // N, s // N), (2 * T // N, 2 * s // N), (T // N, s)]
-  alone = [errors(attend)] + [
-    errors(functools.partial(attend, blocks=Blocks(*sides))) for sides in tiles
-  ]
+  exact, naive, alone = expected(case, dtype)
+  t, s = T // N, CASES[case][0][1].shape[1]
   worst = lambda draws: {at: max(x[at] for x in draws) for at in exact}
-  naive, _ = errors(with_sinks)
   found = {}
   for name, over in overs.items():
-    gathers = 'gather' in name
-    one, steady = map(worst, zip(*alone[: None if gathers else -1]))
-    many, even = errors(spread(over))
-    found[name] = [
-      f'{at}: {x:.1e} ({even[at]:.1e}), naively {naive[at]:.1e}, on one device'
-      f' {one[at]:.1e} ({steady[at]:.1e})'
-      for at, x in many.items()
-      if not (
-        # Gradients of what scores share are sums of terms that cancel.
-        x <= (4 if 'rest' in at else 2) * max(naive[at], one[at]) + EPS
-        and even[at] <= 1.1 * steady[at] + (EPS if 'rest' in at else EPS / 8)
-      )
-    ]
+    many, even = errors(spread(over), case, exact, dtype, weights)
+    known = [alone]
+    tiles = [(t, s // N), (2 * t, 2 * s // N)] + [(t, s)] * ('gather' in name)
+    while True:
+      one, steady = map(worst, zip(*known))
+      found[name] = [
+        f'{at}: {x:.1e} ({even[at]:.1e}), naively {naive[at]:.1e}, on one'
+        f' device {one[at]:.1e} ({steady[at]:.1e})'
+        for at, x in many.items()
+        if not (
+          # Gradients of what scores share are sums of terms that cancel.
+          x <= (4 if 'rest' in at else 2) * max(naive[at], one[at]) + EPS
+          and even[at]
+          <= growth * steady[at] + (EPS if 'rest' in at else EPS / 8)
+        )
+      ]
+      if not (found[name] and tiles):
+        break
+      known.append(in_tiles(case, *tiles.pop(0), dtype))
   return found
 
 
@@ -411,13 +434,13 @@ def overs(case):
   return STRATEGIES | {name: x for (of, name), x in MORE.items() if of == case}
 
 
-def rejected(mutant):
+def rejected(mutant, **how):
   """What is found wrong with it."""
   case, name, where, what, wrong = (MUTANTS | NARROW)[mutant]
   dtype = BF16 if mutant in NARROW else None
   with patched(where, what, wrong):
     try:
-      return compare(case, {name: overs(case)[name]}, dtype)[name]
+      return compare(case, {name: overs(case)[name]}, dtype, **how)[name]
     except AssertionError:
       return 'not finite where it should be'
 
