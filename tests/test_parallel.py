@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.core import sigmoid
 from jaxattn.parallel import (
@@ -447,22 +449,103 @@ def rejected(mutant, **how):
 
 # ------------------------------------------------------------------- properties
 
+READS_NAN = pltpu.InterpretParams(
+  uninitialized_memory='nan', out_of_bounds_reads='raise'
+)
 
-def dropped():
+
+def with_gradients(attend, q, k, v, w):
+  """o and the gradients of q, k and v, in one row of numbers."""
+  loss = lambda *x: (lambda o: (jnp.sum(o * w), o))(attend(*x))
+  found = whole(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
+
+
+def dropped(strategies=tuple(sequence.STRATEGIES)):
   """How far dropout over many devices is from that on one, by strategy."""
-  arrays = [jnp.asarray(x, jnp.float32) for x in PLAIN[:3]]
-  given = {'mask': Causal(), 'dropout': Dropout(0.5, 7)}
-  one = flash.attention(*arrays, **given)
+  arrays = [np.float32(x) for x in PLAIN[:4]]
   mesh = jax.make_mesh(
     (2, 4), ('data', AT), axis_types=AUTO * 2, devices=jax.devices()[:N]
   )
   found = {}
-  for name in sorted(set(sequence.STRATEGIES) - {'halo'}):
+  for name in strategies:
+    mask = Causal() & Window(9) if name == 'halo' else Causal()
+    given = {'mask': mask, 'dropout': Dropout(0.5, 7)}
+    one = with_gradients(functools.partial(flash.attention, **given), *arrays)
     inner = functools.partial(sequence.attention, strategy=name, **given)
     where = jax.P('data', AT)
-    many = jax.shard_map(inner, mesh=mesh, in_specs=where, out_specs=where)
-    found[name] = float(jnp.abs(jax.jit(many)(*arrays) - one).max())
+    with jax.set_mesh(mesh):
+      many = jax.shard_map(inner, in_specs=where, out_specs=where)
+      found[name] = float(abs(with_gradients(many, *arrays) - one).max())
   return found
+
+
+def kernels(strategies=('dense ring', 'halo')):
+  """How far kernels for TPUs, interpreted, are from the formula, by strategy.
+
+  Unchecked, as the interpreter does not know which arrays vary.
+  """
+  t, n = 40, 4
+  arrays = [np.float32(x) for x in draw(1, n * t, n * t, 2, 1, 32, 32)[:4]]
+  mesh = jax.make_mesh((n,), (AT,), axis_types=AUTO, devices=jax.devices()[:n])
+  found = {}
+  for name in strategies:
+    mask = Causal() & Window(30) if name == 'halo' else Causal()
+    over = {'dense ring': ring.over(RING, True), 'halo': halo.over(AT, 29, 0)}
+
+    def plain(q, k, v, mask=mask):
+      return flash.attention(q, k, v, mask=mask, implementation='plain')
+
+    def inner(q, k, v, mask=mask, over=over[name]):
+      order = lax.axis_index(AT) * t + jnp.arange(t)
+      return flash.attention(
+        *(q, k, v),
+        mask=mask,
+        query_order=order,
+        key_order=order,
+        over=over,
+        implementation='tpu',
+      )
+
+    where = ROWS['time']
+    with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode(READS_NAN):
+      many = jax.shard_map(
+        inner, in_specs=where, out_specs=where, check_vma=False
+      )
+      many = with_gradients(many, *arrays)
+    pltpu.reset_tpu_interpret_mode_state()
+    jax.clear_caches()  # the parameters are no part of a program's key
+    found[name] = float(abs(many - with_gradients(plain, *arrays)).max())
+  return found
+
+
+# What is replaced by what, and what has to see it.
+WRONG = {
+  'dropout, a halo one token short': (
+    *MUTANTS['a halo one token short'][2:],
+    lambda: dropped(['halo']),
+  ),
+  'dropout, of rows with the same numbers': (
+    *(sequence, '_numbered', lambda dropout, rows, x: dropout),
+    lambda: dropped(['halo']),
+  ),
+  'kernels, a halo one token short': (
+    *MUTANTS['a halo one token short'][2:],
+    lambda: kernels(['halo']),
+  ),
+  'kernels, one hop too few': (
+    *MUTANTS['one hop too few'][2:],
+    lambda: kernels(['dense ring']),
+  ),
+}
+
+
+def wrong(mutant):
+  """How far it is from one device."""
+  *what, look = WRONG[mutant]
+  with patched(*what):
+    (apart,) = look().values()
+  return apart
 
 
 def sigmoid_apart():
@@ -671,7 +754,9 @@ def main():
       'room': room(),
       'sigmoid': sigmoid_apart(),
     }
-  print(json.dumps(found | {'dropped': dropped(), 'memory': memory()}))
+  found |= {'dropped': dropped(), 'kernels': kernels(), 'memory': memory()}
+  found['wrong'] = {mutant: wrong(mutant) for mutant in WRONG}
+  print(json.dumps(found))
 
 
 # ------------------------------------------------------------------------ tests
@@ -700,10 +785,20 @@ def test_mutants_are_rejected(mutant, found):
   assert found['mutants'][mutant]
 
 
-def test_dropout_does_not_know_the_mesh(found):
-  assert len(found['dropped']) == 4
-  for name, apart in found['dropped'].items():
-    assert apart < 1e-5, name
+@pytest.mark.parametrize('name', sequence.STRATEGIES)
+def test_dropout_does_not_know_the_mesh(name, found):
+  assert found['dropped'][name] < 1e-5
+
+
+@pytest.mark.parametrize('name', ['dense ring', 'halo'])
+def test_kernels_for_tpus(name, found):
+  """Values and gradients, of kernels that are interpreted."""
+  assert found['kernels'][name] < 1e-5
+
+
+@pytest.mark.parametrize('mutant', WRONG)
+def test_mutants_of_both_are_rejected(mutant, found):
+  assert found['wrong'][mutant] > 0.01
 
 
 @pytest.mark.parametrize('name', sequence.STRATEGIES)
