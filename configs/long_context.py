@@ -92,8 +92,8 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
           'multi_head': {'heads': heads, 'position': 'rope'},
         },
         'remat': True,
-        # Of the 128 or 4,096 tokens that a device may have.
-        'block': 32 if trained else 2048,
+        # Of the 32, 128, or 4,096 tokens that a device may have.
+        'block': {'quick': 8, 'small': 32}.get(size, 2048),
       },
       'policy': {
         'dtype': 'float32',

@@ -24,6 +24,8 @@ def losses(way, mesh, **options):
   """Of the first steps; what was chosen; and how often the step compiled."""
   config = build.complete(long_context.get_config(f'{way},quick').to_dict())
   config['layout'] = options.get('layout', config['layout'])
+  parts = config['task']['length'] // mesh.shape[meshes.SEQ]
+  assert 2 * config['model']['block'] <= parts  # it runs in blocks
   task, model = build.build(config)
   update, rate = optimizer.make(config['steps'], **config['optimizer'])
   with jax.set_mesh(mesh):

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxattn.core import sigmoid
 from jaxattn.parallel import (
@@ -31,6 +33,7 @@ from jaxattn.parallel import (
   stripe,
   ulysses,
 )
+from jaxattn.parallel import mesh as meshes
 from pallas_kernels import flash
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
@@ -275,6 +278,12 @@ def spread(over):
   return run
 
 
+def whole(f):
+  """Compiled; what it returns is whole on each device, and in each process."""
+  mesh = meshes.current()
+  return jax.jit(f, out_shardings=None if mesh is None else jax.P())
+
+
 def results(attend, arrays, given, numbers, *weights, dtype=None):
   """o, lse, and gradients of a weighed sum of both; for each weight.
 
@@ -287,11 +296,11 @@ def results(attend, arrays, given, numbers, *weights, dtype=None):
     total = jnp.sum(o * w) + jnp.sum(jnp.where(lse > -jnp.inf, lse * u, 0))
     return weight * total, (o.astype(q.dtype), lse)
 
-  run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+  run = whole(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
   wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
   given_in = dtype or wide
   kept_in = wide if wide == jnp.float64 else given_in
-  cast = lambda x: jnp.asarray(x, given_in).astype(kept_in)
+  cast = lambda x: np.asarray(x, given_in).astype(kept_in)
   inputs = jax.tree.map(cast, (tuple(arrays[:3]), numbers))
   for weight in weights:
     (q, k, v, rest), (o, lse) = run(*inputs[0], inputs[1], weight)
@@ -311,47 +320,63 @@ def spreads(x, exact):
   return rms(x - exact) / (rms(exact) or 1)
 
 
-def compare(case, overs, dtype=None):
+def errors(attend, case, exact, dtype, weights=WEIGHTS):
+  """The largest error, and the RMS error, of some weights."""
+  draws = list(results(attend, *CASES[case], *weights, dtype=dtype))
+  most = {at: max(error(x[at], exact[at]) for x in draws) for at in exact}
+  square = lambda at: [spreads(x[at], exact[at]) ** 2 for x in draws]
+  return most, {at: np.sqrt(np.mean(square(at))) for at in exact}
+
+
+@functools.cache
+def expected(case, dtype=None):
+  """Exact results; and errors on one device, by the formula and in tiles."""
+  with jax.enable_x64(True):
+    (exact,) = results(with_sinks, *CASES[case], 1.0, dtype=dtype)
+  naive, _ = errors(with_sinks, case, exact, dtype)
+  return exact, naive, errors(attend, case, exact, dtype)
+
+
+@functools.cache
+def in_tiles(case, queries, keys, dtype):
+  """Errors on one device, in tiles of so many."""
+  exact, *_ = expected(case, dtype)
+  in_blocks = functools.partial(attend, blocks=Blocks(queries, keys))
+  return errors(in_blocks, case, exact, dtype)
+
+
+def compare(case, overs, dtype=None, weights=WEIGHTS, growth=1.1):
   """Strategy -> where it errs too much.
 
-  By the error rule in float32; and by growth, a tenth, in any dtype.
+  By the error rule in float32; and by growth, in any dtype. One device may
+  compute in tiles as it likes, or in as many as there are parts (a hybrid has
+  parts of twice the size) or, as where keys are gathered, of all keys: of them
+  the worst counts.
   """
-  arrays, given, numbers = CASES[case]
-  with jax.enable_x64(True):
-    (exact,) = results(with_sinks, arrays, given, numbers, 1.0, dtype=dtype)
-
-  def errors(attend):
-    """The largest error, and the RMS error, of some weights."""
-    draws = list(results(attend, arrays, given, numbers, *WEIGHTS, dtype=dtype))
-    most = {at: max(error(x[at], exact[at]) for x in draws) for at in exact}
-    square = lambda at: [spreads(x[at], exact[at]) ** 2 for x in draws]
-    return most, {at: np.sqrt(np.mean(square(at))) for at in exact}
-
-  # In tiles as it likes, and as many as parts; and, as where keys are
-  # gathered, of all keys: of them the worst.
-  s = arrays[1].shape[1]
-  # (A hybrid has parts of twice the size.)
-  tiles = [(T // N, s // N), (2 * T // N, 2 * s // N), (T // N, s)]
-  alone = [errors(attend)] + [
-    errors(functools.partial(attend, blocks=Blocks(*sides))) for sides in tiles
-  ]
+  exact, naive, alone = expected(case, dtype)
+  t, s = T // N, CASES[case][0][1].shape[1]
   worst = lambda draws: {at: max(x[at] for x in draws) for at in exact}
-  naive, _ = errors(with_sinks)
   found = {}
   for name, over in overs.items():
-    gathers = 'gather' in name
-    one, steady = map(worst, zip(*alone[: None if gathers else -1]))
-    many, even = errors(spread(over))
-    found[name] = [
-      f'{at}: {x:.1e} ({even[at]:.1e}), naively {naive[at]:.1e}, on one device'
-      f' {one[at]:.1e} ({steady[at]:.1e})'
-      for at, x in many.items()
-      if not (
-        # Gradients of what scores share are sums of terms that cancel.
-        x <= (4 if 'rest' in at else 2) * max(naive[at], one[at]) + EPS
-        and even[at] <= 1.1 * steady[at] + (EPS if 'rest' in at else EPS / 8)
-      )
-    ]
+    many, even = errors(spread(over), case, exact, dtype, weights)
+    known = [alone]
+    tiles = [(t, s // N), (2 * t, 2 * s // N)] + [(t, s)] * ('gather' in name)
+    while True:
+      one, steady = map(worst, zip(*known))
+      found[name] = [
+        f'{at}: {x:.1e} ({even[at]:.1e}), naively {naive[at]:.1e}, on one'
+        f' device {one[at]:.1e} ({steady[at]:.1e})'
+        for at, x in many.items()
+        if not (
+          # Gradients of what scores share are sums of terms that cancel.
+          x <= (4 if 'rest' in at else 2) * max(naive[at], one[at]) + EPS
+          and even[at]
+          <= growth * steady[at] + (EPS if 'rest' in at else EPS / 8)
+        )
+      ]
+      if not (found[name] and tiles):
+        break
+      known.append(in_tiles(case, *tiles.pop(0), dtype))
   return found
 
 
@@ -411,35 +436,116 @@ def overs(case):
   return STRATEGIES | {name: x for (of, name), x in MORE.items() if of == case}
 
 
-def rejected(mutant):
+def rejected(mutant, **how):
   """What is found wrong with it."""
   case, name, where, what, wrong = (MUTANTS | NARROW)[mutant]
   dtype = BF16 if mutant in NARROW else None
   with patched(where, what, wrong):
     try:
-      return compare(case, {name: overs(case)[name]}, dtype)[name]
+      return compare(case, {name: overs(case)[name]}, dtype, **how)[name]
     except AssertionError:
       return 'not finite where it should be'
 
 
 # ------------------------------------------------------------------- properties
 
+READS_NAN = pltpu.InterpretParams(
+  uninitialized_memory='nan', out_of_bounds_reads='raise'
+)
 
-def dropped():
+
+def with_gradients(attend, q, k, v, w):
+  """o and the gradients of q, k and v, in one row of numbers."""
+  loss = lambda *x: (lambda o: (jnp.sum(o * w), o))(attend(*x))
+  found = whole(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
+
+
+def dropped(strategies=tuple(sequence.STRATEGIES)):
   """How far dropout over many devices is from that on one, by strategy."""
-  arrays = [jnp.asarray(x, jnp.float32) for x in PLAIN[:3]]
-  given = {'mask': Causal(), 'dropout': Dropout(0.5, 7)}
-  one = flash.attention(*arrays, **given)
+  arrays = [np.float32(x) for x in PLAIN[:4]]
   mesh = jax.make_mesh(
     (2, 4), ('data', AT), axis_types=AUTO * 2, devices=jax.devices()[:N]
   )
   found = {}
-  for name in sorted(set(sequence.STRATEGIES) - {'halo'}):
+  for name in strategies:
+    mask = Causal() & Window(9) if name == 'halo' else Causal()
+    given = {'mask': mask, 'dropout': Dropout(0.5, 7)}
+    one = with_gradients(functools.partial(flash.attention, **given), *arrays)
     inner = functools.partial(sequence.attention, strategy=name, **given)
     where = jax.P('data', AT)
-    many = jax.shard_map(inner, mesh=mesh, in_specs=where, out_specs=where)
-    found[name] = float(jnp.abs(jax.jit(many)(*arrays) - one).max())
+    with jax.set_mesh(mesh):
+      many = jax.shard_map(inner, in_specs=where, out_specs=where)
+      found[name] = float(abs(with_gradients(many, *arrays) - one).max())
   return found
+
+
+def kernels(strategies=('dense ring', 'halo')):
+  """How far kernels for TPUs, interpreted, are from the formula, by strategy.
+
+  Unchecked, as the interpreter does not know which arrays vary.
+  """
+  t, n = 40, 4
+  arrays = [np.float32(x) for x in draw(1, n * t, n * t, 2, 1, 32, 32)[:4]]
+  mesh = jax.make_mesh((n,), (AT,), axis_types=AUTO, devices=jax.devices()[:n])
+  found = {}
+  for name in strategies:
+    mask = Causal() & Window(30) if name == 'halo' else Causal()
+    over = {'dense ring': ring.over(RING, True), 'halo': halo.over(AT, 29, 0)}
+
+    def plain(q, k, v, mask=mask):
+      return flash.attention(q, k, v, mask=mask, implementation='plain')
+
+    def inner(q, k, v, mask=mask, over=over[name]):
+      order = lax.axis_index(AT) * t + jnp.arange(t)
+      return flash.attention(
+        *(q, k, v),
+        mask=mask,
+        query_order=order,
+        key_order=order,
+        over=over,
+        implementation='tpu',
+      )
+
+    where = ROWS['time']
+    with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode(READS_NAN):
+      many = jax.shard_map(
+        inner, in_specs=where, out_specs=where, check_vma=False
+      )
+      many = with_gradients(many, *arrays)
+    pltpu.reset_tpu_interpret_mode_state()
+    jax.clear_caches()  # the parameters are no part of a program's key
+    found[name] = float(abs(many - with_gradients(plain, *arrays)).max())
+  return found
+
+
+# What is replaced by what, and what has to see it.
+WRONG = {
+  'dropout, a halo one token short': (
+    *MUTANTS['a halo one token short'][2:],
+    lambda: dropped(['halo']),
+  ),
+  'dropout, of rows with the same numbers': (
+    *(sequence, '_numbered', lambda dropout, rows, x: dropout),
+    lambda: dropped(['halo']),
+  ),
+  'kernels, a halo one token short': (
+    *MUTANTS['a halo one token short'][2:],
+    lambda: kernels(['halo']),
+  ),
+  'kernels, one hop too few': (
+    *MUTANTS['one hop too few'][2:],
+    lambda: kernels(['dense ring']),
+  ),
+}
+
+
+def wrong(mutant):
+  """How far it is from one device."""
+  *what, look = WRONG[mutant]
+  with patched(*what):
+    (apart,) = look().values()
+  return apart
 
 
 def sigmoid_apart():
@@ -648,7 +754,9 @@ def main():
       'room': room(),
       'sigmoid': sigmoid_apart(),
     }
-  print(json.dumps(found | {'dropped': dropped(), 'memory': memory()}))
+  found |= {'dropped': dropped(), 'kernels': kernels(), 'memory': memory()}
+  found['wrong'] = {mutant: wrong(mutant) for mutant in WRONG}
+  print(json.dumps(found))
 
 
 # ------------------------------------------------------------------------ tests
@@ -677,10 +785,20 @@ def test_mutants_are_rejected(mutant, found):
   assert found['mutants'][mutant]
 
 
-def test_dropout_does_not_know_the_mesh(found):
-  assert len(found['dropped']) == 4
-  for name, apart in found['dropped'].items():
-    assert apart < 1e-5, name
+@pytest.mark.parametrize('name', sequence.STRATEGIES)
+def test_dropout_does_not_know_the_mesh(name, found):
+  assert found['dropped'][name] < 1e-5
+
+
+@pytest.mark.parametrize('name', ['dense ring', 'halo'])
+def test_kernels_for_tpus(name, found):
+  """Values and gradients, of kernels that are interpreted."""
+  assert found['kernels'][name] < 1e-5
+
+
+@pytest.mark.parametrize('mutant', WRONG)
+def test_mutants_of_both_are_rejected(mutant, found):
+  assert found['wrong'][mutant] > 0.01
 
 
 @pytest.mark.parametrize('name', sequence.STRATEGIES)

@@ -144,6 +144,14 @@ def cases(length=T):
   }
 
 
+def compared():
+  """Names of cases, with masks and without; an FFT knows of none."""
+  for name in cases():
+    yield name, False
+    if name != 'fft':
+      yield name, True
+
+
 def spread(run):
   """An engine over all devices; the state is that of the last."""
   time, whole = jax.P(None, meshes.SEQ), jax.P()
@@ -163,7 +171,7 @@ def spread(run):
   return spread
 
 
-def compiled(run, case, masked):
+def compiled(run, case, masked, **jit):
   """The program of o, the state and all gradients, and its inputs.
 
   With masks, a state comes in and pads hold NaN; without, there is neither.
@@ -188,7 +196,7 @@ def compiled(run, case, masked):
     return out, back(jax.tree.map(lambda x: pull(x).astype(x.dtype), out))
 
   inputs = arrays, case.weights, state, places
-  return jax.jit(both).lower(*inputs).compile(), inputs
+  return jax.jit(both, **jit).lower(*inputs).compile(), inputs
 
 
 @functools.cache
@@ -201,10 +209,11 @@ def on_one(name, masked):
   return jax.tree.map(np.asarray, program(*inputs))
 
 
-def on_all(name, masked, length=T):
+def on_all(name, masked, length=T, **jit):
   case = cases(length)[name]
   run = spread(case.run)
-  return compiled(lambda *inputs, places: run(*inputs, places), case, masked)
+  f = lambda *inputs, places: run(*inputs, places)
+  return compiled(f, case, masked, **jit)
 
 
 @functools.cache
@@ -215,7 +224,8 @@ def mesh():
 def agree(name, masked):
   """The law: values, states and gradients are those of one device."""
   with jax.set_mesh(mesh()):
-    program, inputs = on_all(name, masked)
+    # Whole on all devices: so that any process has them.
+    program, inputs = on_all(name, masked, out_shardings=jax.P())
     (o, state), grads = program(*inputs)
   (want_o, want_state), want_grads = on_one(name, masked)
   laws.assert_close(o, want_o, 'o')
@@ -405,30 +415,36 @@ MUTANTS = {
 # -------------------------------------------------------------------- processes
 
 
+def wrong(law, *args):
+  """What is wrong, or None."""
+  try:
+    law(*args)
+  except Exception as error:
+    return f'{type(error).__name__}: {error}'[:1000]
+
+
+def rejected(mutant):
+  """What is found wrong with it."""
+  law, name, masked, module, part, broken = MUTANTS[mutant]
+  with mock.patch.object(module, part, broken(getattr(module, part))):
+    return wrong(law, name, masked)
+
+
 def main():
   """Prints what is tested -> what is wrong with it, or None."""
   found = {}
-
-  def note(test, law, *args):
-    try:
-      found[test] = law(*args)
-    except Exception as error:
-      found[test] = f'{type(error).__name__}: {error}'[:1000]
-
-  for name in cases():
-    for masked in (False, True):
-      how = f'{name}{", masked" * masked}'
-      if name != 'fft' or not masked:
-        note(how, agree, name, masked)
-      # Tails of dense rows are sent in another way; all else is the same.
-      if name == 'short' or (masked and name != 'fft'):
-        note(f'bytes: {how}', constant, name, masked)
+  for name, masked in compared():
+    how = f'{name}{", masked" * masked}'
+    found[how] = wrong(agree, name, masked)
+    # Tails of dense rows are sent in another way; all else is the same.
+    if name == 'short' or masked:
+      found[f'bytes: {how}'] = wrong(constant, name, masked)
   for name in MECHANISMS:
     for packed in (False, True):
-      note(f'length: {name}{", packed" * packed}', any_length, name, packed)
-  for mutant, (law, name, masked, module, part, broken) in MUTANTS.items():
-    with mock.patch.object(module, part, broken(getattr(module, part))):
-      note(f'mutant: {mutant}', law, name, masked)
+      how = f'length: {name}{", packed" * packed}'
+      found[how] = wrong(any_length, name, packed)
+  for mutant in MUTANTS:
+    found[f'mutant: {mutant}'] = rejected(mutant)
   print(json.dumps(found))
 
 

@@ -26,7 +26,7 @@ from absl import app, flags
 from experiments import processes as together
 from experiments.pod import local
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import place, processes, ring
+from jaxattn.parallel import place, processes
 from jaxattn.tasks.mqar import MQAR
 from jaxattn.train import build, checkpoint, log, loop, step
 from tests import devices, test_train_mesh
@@ -43,8 +43,6 @@ MESHES = {
   'time': ('multi_head', {'seq': 8}, 'ring'),
   'time, auto': (BOTH, {'seq': 8, 'axis_types': 'auto'}, None),
 }
-CASES = ('causal', 'bias')
-MUTANT = 'causal, one hop too few'
 
 
 # --------------------------------------------------------- what processes do
@@ -133,46 +131,6 @@ def feeds():
   return found
 
 
-def attention():
-  """How far attention over both processes is from that on one device."""
-  from tests import test_parallel  # computes, which is too early above
-
-  mesh = jax.make_mesh(
-    (jax.device_count(),), (test_parallel.AT,), axis_types=test_parallel.AUTO
-  )
-  whole = jax.NamedSharding(mesh, jax.P())
-
-  def gradients(attend, case, **jit):
-    arrays, given, numbers = test_parallel.CASES[case]
-    *arrays, w, _ = (np.asarray(x, np.float32) for x in arrays)
-    numbers = jax.tree.map(lambda x: np.asarray(x, np.float32), numbers)
-
-    def loss(q, k, v, numbers):
-      o, lse = attend(q, k, v, numbers, **given)
-      return jnp.sum(o * w), (o, jnp.where(lse > -jnp.inf, lse, 0))
-
-    run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True), **jit)
-    return [np.asarray(x) for x in jax.tree.leaves(run(*arrays, numbers))]
-
-  def apart(over, case, alone):
-    with jax.set_mesh(mesh):
-      many = gradients(test_parallel.spread(over), case, out_shardings=whole)
-    return float(max(test_parallel.error(x, y) for x, y in zip(many, alone)))
-
-  found = {}
-  for case in CASES:
-    alone = gradients(test_parallel.attend, case)
-    for name, over in test_parallel.overs(case).items():
-      found[f'{case}, {name}'] = apart(over, case, alone)
-  hops = ring._hops
-  with mock.patch.object(ring, '_hops', lambda *args: hops(*args) - 1):
-    alone = gradients(test_parallel.attend, CASES[0])
-    found[MUTANT] = apart(
-      test_parallel.overs(CASES[0])['dense ring'], CASES[0], alone
-    )
-  return found
-
-
 def state(value):
   """A state of which each process holds a half."""
   mesh = meshes.make()
@@ -240,7 +198,6 @@ def both(workdir):
     ],
     'damaged': damaged(workdir / 'damaged'),
     'fit': loop.fit(RUN, workdir / 'run'),
-    'attention': attention(),
   }
   found['trained'] = {
     name: trained(name, meshes.make(**axes))
@@ -338,14 +295,6 @@ def test_who_makes_or_holds_more_is_seen(found, mutant, name):
   for process, here in enumerate(found['both']):
     assert here['feeds'][mutant]['right']
     assert not own(here['feeds'][mutant], process, name)
-
-
-def test_attention_crosses_processes(found):
-  for here in found['both']:
-    apart = dict(here['attention'])
-    assert apart.pop(MUTANT) > 0.01
-    assert len(apart) >= 8
-    assert {name: x for name, x in apart.items() if not x < 2e-5} == {}
 
 
 def test_what_the_first_says_is_agreed(found):

@@ -36,7 +36,7 @@ from pallas_kernels import flash
 from pallas_kernels.flash import partial
 from pallas_kernels.masks import Causal, Sinks, Window
 from pallas_kernels.scores import Score, Slopes
-from tests import devices
+from tests import devices, test_parallel
 from tests.test_flash_tpu import WEIGHTS, draw, error, number
 from tests.test_generate import (
   DRAWN,
@@ -154,9 +154,9 @@ def results(attend, case, *weights):
     o = attend(q, k, v, numbers, **rule) * real
     return weight * jnp.sum(o * jnp.asarray(arrays[3], o.dtype)), o
 
-  run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+  run = test_parallel.whole(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
   wide = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
-  inputs = jax.tree.map(lambda x: jnp.asarray(x, wide), (*arrays[:3], numbers))
+  inputs = jax.tree.map(lambda x: np.asarray(x, wide), (*arrays[:3], numbers))
   for weight in weights:
     (q, k, v, rest), o = run(*inputs, weight)
     found = {'o': o * weight, 'dq': q, 'dk': k, 'dv': v, **rest}
