@@ -257,7 +257,13 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   flags.DEFINE_list(
     'compare', [], 'Ways to show side by side.', flag_values=values
   )
-  flags.mark_flags_as_required(['config', 'topology'], flag_values=values)
+  for name, example in (
+    ('config', 'a configuration, as --config=configs/long_context.py:size=7b'),
+    ('topology', 'the chips, as --topology=v5e:16x16'),
+  ):
+    flags.register_validator(
+      name, bool, message=f'give {example}', flag_values=values
+    )
 
 
 if __name__ == '__main__':
