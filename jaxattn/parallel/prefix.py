@@ -44,53 +44,44 @@ from jaxattn.parallel import mesh as meshes
 
 def gated(q, k, v, log_decay=None, *, state=None, valid=None, starts=None):
   """`recurrence.gated`, with its arguments, results and errors."""
-  places = {'valid': valid, 'starts': starts}
-  if sequence.parts(k) > 1:
-    # Computed again backward: it then keeps its inputs alone, as the engine
-    # does anyway.
-    effect = jax.checkpoint(recurrence.effect)(k, v, log_decay, **places)
-    state = enter(_before(state, effect[1]), effect, _fade)
-  return recurrence.gated(q, k, v, log_decay, state=state, **places)
+  run, places = recurrence.gated, {'valid': valid, 'starts': starts}
+  if sequence.parts(k) == 1:
+    return run(q, k, v, log_decay, state=state, **places)
+  out, (k, v, log_decay) = v.dtype, _wide((k, v, log_decay))
+  # Computed again backward: it then keeps its inputs alone, as the engine does
+  # anyway.
+  effect = jax.checkpoint(recurrence.effect)(k, v, log_decay, **places)
+  state = enter(_before(state, effect[1]), effect, _fade)
+  o, state = run(q, k, v, log_decay, state=state, **places)
+  return o.astype(out), state
 
 
 def scan(u, log_a, b_bar, c, *, state=None, valid=None, starts=None):
   """`ssm.scan`, with its arguments and results."""
   places = {'valid': valid, 'starts': starts}
-  log_a, b_bar, c = _varying((log_a, b_bar, c), u)
-  if sequence.parts(u) > 1:
-    effect = jax.checkpoint(ssm.effect)(u, log_a, b_bar, **places)
-    state = enter(_before(state, effect[1]), effect, _fade)
-  return ssm.scan(u, log_a, b_bar, c, state=state, **places)
+  bank = _varying((log_a, b_bar, c), u)
+  if sequence.parts(u) == 1:
+    return ssm.scan(u, *bank, state=state, **places)
+  out, u = u.dtype, _wide(u)
+  effect = jax.checkpoint(ssm.effect)(u, *bank[:2], **places)
+  state = enter(_before(state, effect[1]), effect, _fade)
+  y, state = ssm.scan(u, *bank, state=state, **places)
+  return y.astype(out), state
 
 
 def delta(
   q, k, v, beta, log_decay=None, *, state=None, valid=None, starts=None
 ):
-  """`delta.delta`, with its arguments and results.
-
-  The rule is linear in the state and the values together, so one run does for
-  two. Over the values [v | 0], from the state [0 | I], it ends in [B | A], and
-  its outputs are [o_t | A_t^T q_t]: o_t of a part that starts from nothing, and
-  A_t the product up to t. The state S that enters adds S^T A_t^T q_t to o_t.
-  """
+  """`delta.delta`, with its arguments and results."""
   places = {'valid': valid, 'starts': starts}
   if sequence.parts(k) == 1:
     return rule.delta(q, k, v, beta, log_decay, state=state, **places)
-  (*_, d), e = k.shape, v.shape[-1]
-  values = v.astype(jnp.result_type(jnp.float32, q, k, v))
-  values = jnp.concatenate([values, jnp.zeros_like(k, values.dtype)], axis=-1)
-  start = jnp.zeros_like(k[:, 0], values.dtype)[..., None]
-  start += jnp.eye(d, e + d, e, values.dtype)
-  o, after = rule.delta(q, k, values, beta, log_decay, state=start, **places)
-  o, reach = jnp.split(o, [e], axis=-1)
-
-  def then(state, after):
-    written, kept = jnp.split(after, [e], axis=-1)
-    return _product(kept, state) + written
-
-  state = enter(_before(state, after[..., :e]), after, then)
-  o += jnp.einsum('bthd,bhde->bthe', reach, state)
-  return o.astype(v.dtype), then(state, after)
+  out, tokens = v.dtype, _wide((k, v, beta, log_decay))
+  effect = jax.checkpoint(rule.effect)(*tokens, **places)
+  then = lambda state, effect: _product(effect[0], state) + effect[1]
+  state = enter(_before(state, effect[1]), effect, then)
+  o, state = rule.delta(q, *tokens, state=state, **places)
+  return o.astype(out), state
 
 
 def keys_in_range(log_k, *, peak=None, valid=None, starts=None):
@@ -114,9 +105,12 @@ def short(x, kernel, *, tail=None, valid=None, starts=None):
   """`conv.short`, with its arguments, results and errors."""
   places = {'valid': valid, 'starts': starts}
   kernel = _varying(kernel, x)
-  if sequence.parts(x) > 1 and kernel.shape[0] > 1:
-    tail = _tail(x, kernel, tail, **places)
-  return conv.short(x, kernel, tail=tail, **places)
+  if sequence.parts(x) == 1 or kernel.shape[0] == 1:
+    return conv.short(x, kernel, tail=tail, **places)
+  outs, x = (x.dtype, (x if tail is None else tail).dtype), _wide(x)
+  tail = _tail(x, kernel, tail, **places)
+  y, tail = conv.short(x, kernel, tail=tail, **places)
+  return y.astype(outs[0]), tail.astype(outs[1])
 
 
 def _tail(x, kernel, tail, valid, starts):
@@ -222,11 +216,18 @@ def _of_all(x):
   return gather(x)
 
 
+def _wide(tree):
+  """What several read, as wide as their gradients are to be added up."""
+  return jax.tree.map(
+    lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
+  )
+
+
 def _varying(weights, x):
-  """Weights that vary over the mesh as `x` does.
+  """Weights that vary over the mesh as `x` does, and are wide.
 
   Their gradients are then summed over devices once, and not wherever they are
-  used, which may be in a loop or for every token.
+  used, which may be in a loop or for every token; and rounded once, after that.
   """
 
   def own(w):
@@ -234,7 +235,7 @@ def _varying(weights, x):
     axes -= jax.typeof(w).manual_axis_type.varying
     return lax.pcast(w, tuple(sorted(axes)), to='varying') if axes else w
 
-  return jax.tree.map(own, weights)
+  return jax.tree.map(own, _wide(weights))
 
 
 def _before(state, like):
