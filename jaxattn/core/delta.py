@@ -123,19 +123,17 @@ def delta(
   return form(q, k, v, beta, log_decay, state=state, valid=valid, starts=starts)
 
 
-def effect(
-  k, v, beta, log_decay=None, *, valid=None, starts=None, chunk=32
-):
-  """What all these tokens do to a state, S -> A S + B.
+def effect(k, v, beta, log_decay=None, *, valid=None, starts=None, chunk=32):
+  """What all these tokens do to a state, S -> kept S + written.
 
-  From the last chunk to the first, so that B is a sum, and the backward pass
-  keeps of each chunk the A of all after it alone.
+  From the last chunk to the first: then `written` is a sum, and all that the
+  backward pass keeps of a chunk is what those after it keep of a state.
 
   Arguments are those of `chunked`.
 
   Returns:
-    A 'b h d d', and B 'b h d e', the state that they leave if there was none
-    before.
+    kept 'b h d d', and written 'b h d e', the state that they leave if there
+    was none before.
   """
   tokens, written = enter(
     None, k, v, _together(beta, log_decay), None, valid, starts
@@ -246,13 +244,14 @@ def _chunk(state, tokens):
 
 
 def _effect(after, tokens):
-  """One chunk more, before those of which `after` is the effect.
+  """The effect of one chunk more, before those of which `after` is it.
 
-  A chunk that S enters leaves S'' = kept S' + written. Of its U =
-  (I + A)^-1 diag(beta) (V - K S), S' = S + K^T U, that is
+  From S the chunk makes S' = S + K^T U, U = (I + A)^-1 diag(beta) (V - K S),
+  which at the end is kept S' + written. With what is left there of V - K S,
 
-      S'' = kept S + R (V - K S) + written
       R = kept K^T (I + A)^-1 diag(beta)
+
+  that is (kept - R K) S + (R V + written); decays are those of `_chunk`.
   """
   kept, written = after
   _, k, v, gates, starts = tokens

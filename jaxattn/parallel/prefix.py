@@ -19,7 +19,8 @@ What A is, and how a pair is found, is the engine's affair:
     gated recurrence    a diagonal, exp of the sum of all log-decays. B is one
                         matrix product (`recurrence.effect`).
     state space         the same in complex numbers (`ssm.effect`).
-    delta rule          the product of all (I - beta k k^T): a matrix a head.
+    delta rule          the product of all (I - beta k k^T): a matrix a head
+                        (`delta.effect`).
     largest exponent    of Performer's keys: S -> max(S, B).
     short convolution   S is the last few tokens: S moves up by as many as the
                         part has, and B stands in their place.
@@ -28,6 +29,12 @@ Each function here is the one of its name in `core`, over however many devices
 hold the time axis, which has to be contiguous: each holds what comes before the
 tokens of the next. Results are those of one device; the state that is returned
 is the one after the device's own tokens.
+
+Nor are errors larger. An output is the engine's, from the state that enters:
+what a part makes of nothing, and what it makes of the state, are never rounded
+apart and added up. So the delta rule goes through its tokens twice, with
+gradients in a quarter more time; to keep what each token reads of the state
+would cost memory.
 """
 
 import functools
@@ -47,13 +54,10 @@ def gated(q, k, v, log_decay=None, *, state=None, valid=None, starts=None):
   run, places = recurrence.gated, {'valid': valid, 'starts': starts}
   if sequence.parts(k) == 1:
     return run(q, k, v, log_decay, state=state, **places)
-  out, (k, v, log_decay) = v.dtype, _wide((k, v, log_decay))
-  # Computed again backward: it then keeps its inputs alone, as the engine does
-  # anyway.
-  effect = jax.checkpoint(recurrence.effect)(k, v, log_decay, **places)
+  tokens, effect = _read_twice(recurrence.effect, places, k, v, log_decay)
   state = enter(_before(state, effect[1]), effect, _fade)
-  o, state = run(q, k, v, log_decay, state=state, **places)
-  return o.astype(out), state
+  o, state = run(q, *tokens, state=state, **places)
+  return o.astype(v.dtype), state
 
 
 def scan(u, log_a, b_bar, c, *, state=None, valid=None, starts=None):
@@ -62,11 +66,10 @@ def scan(u, log_a, b_bar, c, *, state=None, valid=None, starts=None):
   bank = _varying((log_a, b_bar, c), u)
   if sequence.parts(u) == 1:
     return ssm.scan(u, *bank, state=state, **places)
-  out, u = u.dtype, _wide(u)
-  effect = jax.checkpoint(ssm.effect)(u, *bank[:2], **places)
+  (wide, *driven), effect = _read_twice(ssm.effect, places, u, *bank[:2])
   state = enter(_before(state, effect[1]), effect, _fade)
-  y, state = ssm.scan(u, *bank, state=state, **places)
-  return y.astype(out), state
+  y, state = ssm.scan(wide, *driven, bank[2], state=state, **places)
+  return y.astype(u.dtype), state
 
 
 def delta(
@@ -76,12 +79,16 @@ def delta(
   places = {'valid': valid, 'starts': starts}
   if sequence.parts(k) == 1:
     return rule.delta(q, k, v, beta, log_decay, state=state, **places)
-  out, tokens = v.dtype, _wide((k, v, beta, log_decay))
-  effect = jax.checkpoint(rule.effect)(*tokens, **places)
-  then = lambda state, effect: _product(effect[0], state) + effect[1]
-  state = enter(_before(state, effect[1]), effect, then)
+  tokens, effect = _read_twice(rule.effect, places, k, v, beta, log_decay)
+
+  def then(state, effect):
+    kept, written = jnp.split(effect, [k.shape[-1]], axis=-1)
+    return _product(kept, state) + written
+
+  state = _before(state, effect[1])
+  state = enter(state, jnp.concatenate(effect, axis=-1), then)  # sent once
   o, state = rule.delta(q, *tokens, state=state, **places)
-  return o.astype(out), state
+  return o.astype(v.dtype), state
 
 
 def keys_in_range(log_k, *, peak=None, valid=None, starts=None):
@@ -216,8 +223,23 @@ def _of_all(x):
   return gather(x)
 
 
+def _read_twice(effect, places, *tokens):
+  """The same tokens for an engine to read, and their effect.
+
+  The gradients of both are added up before they are rounded, so what is read is
+  wide. What is kept are the tokens as they came: the rest is computed again.
+  """
+
+  @jax.checkpoint
+  def both(*tokens):
+    tokens = _wide(tokens)
+    return tokens, effect(*tokens, **places)
+
+  return both(*tokens)
+
+
 def _wide(tree):
-  """What several read, as wide as their gradients are to be added up."""
+  """As wide as gradients are to be added up."""
   return jax.tree.map(
     lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
   )
