@@ -40,7 +40,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core.recurrence import by_chunk, by_token, runs, sums_between
+from jaxattn.core.recurrence import (
+  by_chunk,
+  by_token,
+  enter,
+  runs,
+  split,
+  sums_between,
+)
 
 
 def recurrent(
@@ -116,6 +123,29 @@ def delta(
   return form(q, k, v, beta, log_decay, state=state, valid=valid, starts=starts)
 
 
+def effect(k, v, beta, log_decay=None, *, valid=None, starts=None, chunk=32):
+  """What all these tokens do to a state, S -> kept S + written.
+
+  From the last chunk to the first: then `written` is a sum, and all that the
+  backward pass keeps of a chunk is what those after it keep of a state.
+
+  Arguments are those of `chunked`.
+
+  Returns:
+    kept 'b h d d', and written 'b h d e', the state that they leave if there
+    was none before.
+  """
+  tokens, written = enter(
+    None, k, v, _together(beta, log_decay), None, valid, starts
+  )
+  chunk = max(1, min(chunk, k.shape[1]))
+  tokens = jax.tree.map(lambda x: split(x, chunk), tokens)
+  kept = jnp.eye(k.shape[-1], dtype=written.dtype)
+  kept += jnp.zeros_like(written[..., :1])
+  body = jax.checkpoint(_effect, prevent_cse=False)
+  return jax.lax.scan(body, (kept, written), tokens, reverse=True)[0]
+
+
 def unit(x):
   """`x` with norm 1 over its last axis, in float32 or wider.
 
@@ -174,26 +204,62 @@ def _together(beta, log_decay):
   return jnp.stack([beta, log_decay], axis=-1)
 
 
+def _factors(gates, starts, chunk):
+  """What the products of two tokens, and of one with a state, are times.
+
+  Returns:
+    pairs 'c c' or 'b h c c': exp(D_ij) where i may read j <= i, else 0;
+    since 'b h c 1': of the state that enters, as a token meets it;
+    until 'b h c 1': of a token's write at the end;
+    whole 'b h 1 1': of the state that enters at the end.
+  """
+  pairs, fresh, final, whole = runs(starts, chunk)
+  if gates.shape[-1] == 1:
+    return pairs, fresh, final, whole
+  log_decay = gates[..., 1:]
+  between = jnp.exp(sums_between(log_decay))  # exp(D) 'b h i j 1'
+  since = jnp.exp(jnp.cumsum(log_decay, axis=-2))  # start to i, inclusive
+  return (
+    pairs * between[..., 0],
+    since * fresh,
+    between[..., -1, :, :] * final,
+    since[..., -1:, :] * whole,
+  )
+
+
 def _chunk(state, tokens):
   """The triangular form over one chunk, every array 'b h c ...'."""
   q, k, v, gates, starts = tokens
-  pairs, fresh, final, whole = runs(starts, q.shape[2])
+  pairs, since, until, whole = _factors(gates, starts, q.shape[2])
   beta = gates[..., :1]
-  if gates.shape[-1] == 1:
-    since, until, total = 1, 1, 1
-  else:
-    log_decay = gates[..., 1:]
-    between = jnp.exp(sums_between(log_decay))  # exp(D) 'b h i j 1'
-    pairs = pairs * between[..., 0]
-    since = jnp.exp(jnp.cumsum(log_decay, axis=-2))  # start to i, inclusive
-    until = between[..., -1, :, :]  # j to end
-    total = since[..., -1, :, None]
   a = beta * jnp.einsum('bhid,bhjd->bhij', k, k) * pairs
-  error = v - jnp.einsum('bhid,bhde->bhie', k * since * fresh, state)
+  error = v - jnp.einsum('bhid,bhde->bhie', k * since, state)
   u = inverse_unit_lower(a) @ (beta * error)
   scores = jnp.einsum('bhid,bhjd->bhij', q, k) * pairs
   o = jnp.einsum('bhij,bhje->bhie', scores, u)
-  o += jnp.einsum('bhid,bhde->bhie', q * since * fresh, state)
-  state = state * total * whole
-  state += jnp.einsum('bhjd,bhje->bhde', k * until * final, u)
+  o += jnp.einsum('bhid,bhde->bhie', q * since, state)
+  state = state * whole
+  state += jnp.einsum('bhjd,bhje->bhde', k * until, u)
   return state, o
+
+
+def _effect(after, tokens):
+  """The effect of one chunk more, before those of which `after` is it.
+
+  From S the chunk makes S' = S + K^T U, U = (I + A)^-1 diag(beta) (V - K S),
+  which at the end is kept S' + written. With what is left there of V - K S,
+
+      R = kept K^T (I + A)^-1 diag(beta)
+
+  that is (kept - R K) S + (R V + written); decays are those of `_chunk`.
+  """
+  kept, written = after
+  _, k, v, gates, starts = tokens
+  pairs, since, until, whole = _factors(gates, starts, k.shape[2])
+  beta = gates[..., :1]
+  a = beta * jnp.einsum('bhid,bhjd->bhij', k, k) * pairs
+  r = jnp.einsum('bhxd,bhjd->bhxj', kept, k * until)
+  r = r @ inverse_unit_lower(a) * beta.mT
+  written += jnp.einsum('bhxj,bhje->bhxe', r, v)
+  kept = kept * whole - jnp.einsum('bhxj,bhjd->bhxd', r, k * since)
+  return (kept, written), None

@@ -28,6 +28,8 @@ A new segment inside a chunk divides it into runs, numbered by counting the
 starts. Whatever crosses a border between runs is multiplied by False.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -131,7 +133,11 @@ def effect(k, v, log_decay=None, *, valid=None, starts=None):
     run = jnp.cumsum(starts, axis=1)[..., None, None]
     kept = kept * (run[:, -1] == 0)
     k = k * (run == run[:, -1:])
-  return kept[..., None], jnp.einsum('bthd,bthe->bhde', k, v)
+  # The sum of a product's terms is rounded as often as there are terms: here
+  # the root of t in each chunk, and as often in the sum of the chunks.
+  k, v = (split(x, math.isqrt(max(k.shape[1] - 1, 0)) + 1) for x in (k, v))
+  written = jnp.einsum('nbhcd,nbhce->nbhde', k, v)
+  return kept[..., None], jnp.sum(written, axis=0)
 
 
 def by_token(step, q, k, v, gate, state, valid, starts):
@@ -140,7 +146,7 @@ def by_token(step, q, k, v, gate, state, valid, starts):
   `gate` is whatever else a token brings, 'b t h' or 'b t h d' or None;
   `start` reaches the step as 'b 1', or None.
   """
-  tokens, state = _enter(q, k, v, gate, state, valid, starts)
+  tokens, state = enter(q, k, v, gate, state, valid, starts)
   tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
   state, o = jax.lax.scan(step, state, tokens)
   return jnp.moveaxis(o, 0, 1).astype(v.dtype), state
@@ -152,7 +158,7 @@ def by_chunk(body, q, k, v, gate, state, valid, starts, chunk):
   What `body` computes is not kept for the backward pass but computed again:
   only the states between chunks are stored.
   """
-  tokens, state = _enter(q, k, v, gate, state, valid, starts)
+  tokens, state = enter(q, k, v, gate, state, valid, starts)
   t = q.shape[1]
   chunk = max(1, min(chunk, t))
   tokens = jax.tree.map(lambda x: split(x, chunk), tokens)
@@ -208,9 +214,10 @@ def _check(k, log_decay):
     )
 
 
-def _enter(q, k, v, gate, state, valid, starts):
+def enter(q, k, v, gate, state, valid, starts):
   """Pads silenced, dtypes settled, and a state that is made from inputs."""
-  dtype = jnp.result_type(jnp.float32, q, k, v)
+  inputs = [x for x in (q, k, v) if x is not None]
+  dtype = jnp.result_type(jnp.float32, *inputs)
   tokens = [
     None if x is None else silence(x, valid, dtype) for x in (q, k, v, gate)
   ]

@@ -19,7 +19,8 @@ What A is, and how a pair is found, is the engine's affair:
     gated recurrence    a diagonal, exp of the sum of all log-decays. B is one
                         matrix product (`recurrence.effect`).
     state space         the same in complex numbers (`ssm.effect`).
-    delta rule          the product of all (I - beta k k^T): a matrix a head.
+    delta rule          the product of all (I - beta k k^T): a matrix a head
+                        (`delta.effect`).
     largest exponent    of Performer's keys: S -> max(S, B).
     short convolution   S is the last few tokens: S moves up by as many as the
                         part has, and B stands in their place.
@@ -28,6 +29,12 @@ Each function here is the one of its name in `core`, over however many devices
 hold the time axis, which has to be contiguous: each holds what comes before the
 tokens of the next. Results are those of one device; the state that is returned
 is the one after the device's own tokens.
+
+Nor are errors larger. An output is the engine's, from the state that enters:
+what a part makes of nothing, and what it makes of the state, are never rounded
+apart and added up. So the delta rule goes through its tokens twice, with
+gradients in a quarter more time; to keep what each token reads of the state
+would cost memory.
 """
 
 import functools
@@ -44,53 +51,44 @@ from jaxattn.parallel import mesh as meshes
 
 def gated(q, k, v, log_decay=None, *, state=None, valid=None, starts=None):
   """`recurrence.gated`, with its arguments, results and errors."""
-  places = {'valid': valid, 'starts': starts}
-  if sequence.parts(k) > 1:
-    # Computed again backward: it then keeps its inputs alone, as the engine
-    # does anyway.
-    effect = jax.checkpoint(recurrence.effect)(k, v, log_decay, **places)
-    state = enter(_before(state, effect[1]), effect, _fade)
-  return recurrence.gated(q, k, v, log_decay, state=state, **places)
+  run, places = recurrence.gated, {'valid': valid, 'starts': starts}
+  if sequence.parts(k) == 1:
+    return run(q, k, v, log_decay, state=state, **places)
+  tokens, effect = _read_twice(recurrence.effect, places, k, v, log_decay)
+  state = enter(_before(state, effect[1]), effect, _fade)
+  o, state = run(q, *tokens, state=state, **places)
+  return o.astype(v.dtype), state
 
 
 def scan(u, log_a, b_bar, c, *, state=None, valid=None, starts=None):
   """`ssm.scan`, with its arguments and results."""
   places = {'valid': valid, 'starts': starts}
-  log_a, b_bar, c = _varying((log_a, b_bar, c), u)
-  if sequence.parts(u) > 1:
-    effect = jax.checkpoint(ssm.effect)(u, log_a, b_bar, **places)
-    state = enter(_before(state, effect[1]), effect, _fade)
-  return ssm.scan(u, log_a, b_bar, c, state=state, **places)
+  bank = _varying((log_a, b_bar, c), u)
+  if sequence.parts(u) == 1:
+    return ssm.scan(u, *bank, state=state, **places)
+  (wide, *driven), effect = _read_twice(ssm.effect, places, u, *bank[:2])
+  state = enter(_before(state, effect[1]), effect, _fade)
+  y, state = ssm.scan(wide, *driven, bank[2], state=state, **places)
+  return y.astype(u.dtype), state
 
 
 def delta(
   q, k, v, beta, log_decay=None, *, state=None, valid=None, starts=None
 ):
-  """`delta.delta`, with its arguments and results.
-
-  The rule is linear in the state and the values together, so one run does for
-  two. Over the values [v | 0], from the state [0 | I], it ends in [B | A], and
-  its outputs are [o_t | A_t^T q_t]: o_t of a part that starts from nothing, and
-  A_t the product up to t. The state S that enters adds S^T A_t^T q_t to o_t.
-  """
+  """`delta.delta`, with its arguments and results."""
   places = {'valid': valid, 'starts': starts}
   if sequence.parts(k) == 1:
     return rule.delta(q, k, v, beta, log_decay, state=state, **places)
-  (*_, d), e = k.shape, v.shape[-1]
-  values = v.astype(jnp.result_type(jnp.float32, q, k, v))
-  values = jnp.concatenate([values, jnp.zeros_like(k, values.dtype)], axis=-1)
-  start = jnp.zeros_like(k[:, 0], values.dtype)[..., None]
-  start += jnp.eye(d, e + d, e, values.dtype)
-  o, after = rule.delta(q, k, values, beta, log_decay, state=start, **places)
-  o, reach = jnp.split(o, [e], axis=-1)
+  tokens, effect = _read_twice(rule.effect, places, k, v, beta, log_decay)
 
-  def then(state, after):
-    written, kept = jnp.split(after, [e], axis=-1)
+  def then(state, effect):
+    kept, written = jnp.split(effect, [k.shape[-1]], axis=-1)
     return _product(kept, state) + written
 
-  state = enter(_before(state, after[..., :e]), after, then)
-  o += jnp.einsum('bthd,bhde->bthe', reach, state)
-  return o.astype(v.dtype), then(state, after)
+  state = _before(state, effect[1])
+  state = enter(state, jnp.concatenate(effect, axis=-1), then)  # sent once
+  o, state = rule.delta(q, *tokens, state=state, **places)
+  return o.astype(v.dtype), state
 
 
 def keys_in_range(log_k, *, peak=None, valid=None, starts=None):
@@ -114,9 +112,12 @@ def short(x, kernel, *, tail=None, valid=None, starts=None):
   """`conv.short`, with its arguments, results and errors."""
   places = {'valid': valid, 'starts': starts}
   kernel = _varying(kernel, x)
-  if sequence.parts(x) > 1 and kernel.shape[0] > 1:
-    tail = _tail(x, kernel, tail, **places)
-  return conv.short(x, kernel, tail=tail, **places)
+  if sequence.parts(x) == 1 or kernel.shape[0] == 1:
+    return conv.short(x, kernel, tail=tail, **places)
+  outs, x = (x.dtype, (x if tail is None else tail).dtype), _wide(x)
+  tail = _tail(x, kernel, tail, **places)
+  y, tail = conv.short(x, kernel, tail=tail, **places)
+  return y.astype(outs[0]), tail.astype(outs[1])
 
 
 def _tail(x, kernel, tail, valid, starts):
@@ -222,11 +223,33 @@ def _of_all(x):
   return gather(x)
 
 
+def _read_twice(effect, places, *tokens):
+  """The same tokens for an engine to read, and their effect.
+
+  The gradients of both are added up before they are rounded, so what is read is
+  wide. What is kept are the tokens as they came: the rest is computed again.
+  """
+
+  @jax.checkpoint
+  def both(*tokens):
+    tokens = _wide(tokens)
+    return tokens, effect(*tokens, **places)
+
+  return both(*tokens)
+
+
+def _wide(tree):
+  """As wide as gradients are to be added up."""
+  return jax.tree.map(
+    lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree
+  )
+
+
 def _varying(weights, x):
-  """Weights that vary over the mesh as `x` does.
+  """Weights that vary over the mesh as `x` does, and are wide.
 
   Their gradients are then summed over devices once, and not wherever they are
-  used, which may be in a loop or for every token.
+  used, which may be in a loop or for every token; and rounded once, after that.
   """
 
   def own(w):
@@ -234,7 +257,7 @@ def _varying(weights, x):
     axes -= jax.typeof(w).manual_axis_type.varying
     return lax.pcast(w, tuple(sorted(axes)), to='varying') if axes else w
 
-  return jax.tree.map(own, weights)
+  return jax.tree.map(own, _wide(weights))
 
 
 def _before(state, like):
