@@ -16,7 +16,12 @@ Sections:
 
   python -m experiments.bench --kernels --static
 
-counts instead, with libtpu but no TPU, what TPU kernels do in a tile, and
+counts instead, with libtpu but no TPU, what TPU kernels do in a tile,
+
+  python -m experiments.bench --kernels --compile
+
+compiles them with every feature, width and length for five chips, and says what
+does not fit, and
 
   python -m experiments.bench --kernels --static --gpu
 
@@ -58,6 +63,7 @@ KERNELS = {
   ('static',): {'flash_tpu': 'bench_kernels:static'},
   ('gpu',): {'flash_gpu': 'bench_gpu:page'},
   ('static', 'gpu'): {'flash_gpu_static': 'bench_gpu_static:page'},
+  ('compile',): {'flash_tpu_compiled': 'bench_compiled:page'},
 }
 
 
@@ -88,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
   flags.add_argument(
     '--kernels',
     action='store_true',
-    help='kernels alone; needs --static, --gpu or both',
+    help='kernels alone; needs --static, --gpu or both, or --compile',
   )
   flags.add_argument(
     '--static',
@@ -99,6 +105,11 @@ def parser() -> argparse.ArgumentParser:
     '--gpu',
     action='store_true',
     help='those for Hopper GPUs, on one, or with --static without',
+  )
+  flags.add_argument(
+    '--compile',
+    action='store_true',
+    help='all features for all TPUs, nothing is run: do they fit?',
   )
   flags.add_argument(
     '--out', type=Path, default=Path('docs/benchmarks'), help='folder'
@@ -114,9 +125,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     close = difflib.get_close_matches(unknown[0], SECTIONS, 1)
     hint = f' Did you mean {close[0]}?' if close else ''
     flags.error(f'no section {unknown[0]!r}.{hint}')
-  how = tuple(name for name in ('static', 'gpu') if getattr(args, name))
-  if bool(how) != args.kernels:
-    flags.error('--kernels goes with --static, --gpu or both')
+  asked = ('static', 'gpu', 'compile')
+  how = tuple(name for name in asked if getattr(args, name))
+  if bool(how) != args.kernels or how not in ((), *KERNELS):
+    flags.error('--kernels goes with --static, --gpu or both, or --compile')
   sections = KERNELS[how] if how else SECTIONS
   compiled.keep()
   for name in args.section or sections:

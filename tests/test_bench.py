@@ -51,3 +51,14 @@ def test_unknown_section(capsys):
   with pytest.raises(SystemExit):
     bench.main(['softmx'])
   assert 'Did you mean softmax?' in capsys.readouterr().err
+
+
+def test_flags_that_do_not_go_together(capsys):
+  for flags in (
+    ['--kernels'],
+    ['--compile'],
+    ['--kernels', '--compile', '--gpu'],
+  ):
+    with pytest.raises(SystemExit):
+      bench.main(flags)
+    assert '--kernels goes with' in capsys.readouterr().err
