@@ -1,15 +1,10 @@
 """The planner: its search and its words here, its verdicts with a compiler."""
 
 import dataclasses
-import functools
 import io
-import os
-import pathlib
 import re
-import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from rich.console import Console
@@ -239,57 +234,27 @@ class TestCompiled:
     assert 'error: this configuration is not of one run' in found.stderr
 
 
-@functools.cache
-def million():
-  """What README shows, on two cores; and how much of them others took."""
-  cores = sorted(os.sched_getaffinity(0))[:2]
-  flags = '--topology=v5e:16x16', '--length=1048576'
-  config = '--config=configs/long_context.py:size=7b'
-  before, began = _taken(cores), time.monotonic()
-  own = resource.getrusage(resource.RUSAGE_CHILDREN)
-  found = subprocess.run(
-    [sys.executable, '-m', 'experiments.plan', config, *flags],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-    preexec_fn=lambda: os.sched_setaffinity(0, cores),
-  )
-  passed = len(cores) * (time.monotonic() - began)
-  after = resource.getrusage(resource.RUSAGE_CHILDREN)
-  used = after.ru_utime + after.ru_stime - own.ru_utime - own.ru_stime
-  assert found.returncode == 0, found.stdout + found.stderr
-  return found.stdout, (_taken(cores) - before - used) / passed
-
-
-def _taken(cores):
-  """Seconds that any process was busy on these cores."""
-  lines = pathlib.Path('/proc/stat').read_text(encoding='utf-8').splitlines()
-  rows = dict(line.split(maxsplit=1) for line in lines)
-  ticks = [list(map(int, rows[f'cpu{n}'].split()[:8])) for n in cores]
-  busy = sum(sum(t) - t[3] - t[4] for t in ticks)  # but idle and waiting
-  return busy / os.sysconf('SC_CLK_TCK')
-
-
 @pytest.mark.aot
 @pytest.mark.usefixtures('compiler')
 class TestMillion:
   """7B parameters, a million tokens, 256 chips."""
 
   def test_it_fits(self):
-    told, _ = million()
+    flags = '--topology=v5e:16x16', '--length=1048576'
+    config = '--config=configs/long_context.py:size=7b'
+    found = subprocess.run(
+      [sys.executable, '-m', 'experiments.plan', config, *flags],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    told = found.stdout
     assert '256 x TPU v5 lite' in told
     assert '1,048,576 a row' in told
     held = re.search(r'in all +([\d.]+) GiB of 15.75 GiB: fits', told)
     assert float(held[1]) < 7
-
-  def test_within_a_minute(self):
-    """On two cores. Where others are busy on them, time tells nothing."""
-    told, others = million()
-    seconds = int(re.search(r'compiled in +(\d+) s', told)[1])
-    if seconds >= 60 and others > 0.1:
-      pytest.skip(f'{seconds} s, while others took {others:.0%} of the cores')
-    assert seconds < 60
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
