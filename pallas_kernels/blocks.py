@@ -44,8 +44,9 @@ class Tile:
   depth: int = 128
 
 
-# Found by static schedules, see docs/benchmarks/flash_tpu.md: of those without
-# spills the ones with fewest bundles. Parts are as wide as matrix units are.
+# Found by static schedules, see docs/benchmarks/flash_tpu.md: forward, of those
+# that spill nothing in tiles without a mask on v5e, v5p and v6e, the ones with
+# fewest bundles; v4 and TPU7x have those of the same matrix units.
 TPU = {
   'TPU v4': {
     'forward': Tile(2048, 512, 128, 128),

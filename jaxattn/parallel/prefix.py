@@ -32,9 +32,8 @@ is the one after the device's own tokens.
 
 Nor are errors larger. An output is the engine's, from the state that enters:
 what a part makes of nothing, and what it makes of the state, are never rounded
-apart and added up. So the delta rule goes through its tokens twice, with
-gradients in a quarter more time; to keep what each token reads of the state
-would cost memory.
+apart and added up. So the delta rule goes through its tokens twice, which takes
+more time; to keep what each token reads of the state would cost memory.
 """
 
 import functools
