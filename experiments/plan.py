@@ -7,7 +7,7 @@
 The step is the one that `experiments.train` would run with this configuration,
 compiled by the compiler of those chips: so it is their verdict on memory, and
 what is sent and hidden is read from the program that would run. A 7B model for
-256 chips takes about half a minute on two CPU cores.
+256 chips takes from half a minute to two on two CPU cores, by the machine.
 
   --length       tokens of a row, in place of the task's; any number: a row that
                  devices cannot share evenly is filled up
