@@ -81,6 +81,18 @@ def _tile(rule, queries, keys, masked, extras):
   return Partial(m, p.sum(-1), jnp.einsum('bkrs,bkse->bkre', w, v))
 
 
+def _scores(q, k):
+  """Scores `b k s r`, to the bit those that `_tile` took the weights of.
+
+  Where scores are large a last bit moves the weights a lot: made with other
+  bits they would no longer sum to l, nor their gradients to 0. XLA for CPUs
+  sums a product with a short side in another order than that of the transposed.
+  """
+  if min(q.shape[2], k.shape[2]) >= 16:
+    return jnp.einsum('bksd,bkrd->bksr', k, q)
+  return lax.optimization_barrier(jnp.einsum('bkrd,bksd->bkrs', q, k)).mT
+
+
 def _tile_gradient(rule, queries, keys, masked, extras):
   """dq, dk, dv of a tile, and the gradient of its extras.
 
@@ -101,7 +113,7 @@ def _tile_gradient(rule, queries, keys, masked, extras):
       *(x, floats(extras)),
     )
 
-  x, to_scores = by_head(rule.scored, jnp.einsum('bksd,bkrd->bksr', k, q))
+  x, to_scores = by_head(rule.scored, _scores(q, k))
   if masked:
     across = jax.tree.map(lambda x: x[:, None, None, :], query)
     along = jax.tree.map(lambda x: x[:, None, :, None], key)
