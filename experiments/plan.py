@@ -70,9 +70,18 @@ def way(config: dict[str, Any], name: str) -> dict[str, Any]:
   return {**config, 'policy': policy}
 
 
+@dataclasses.dataclass(frozen=True)
+class Refused:
+  """A length that the model, its task or a strategy does not take, and why."""
+
+  length: int
+  why: str
+  fits = False
+
+
 def longest(
   config: dict[str, Any], devices: Sequence[Any], length: int, clock: Clock
-) -> tuple[Plan, Plan | None, dict[int, Plan]]:
+) -> tuple[Plan, Plan | Refused | None, dict[int, Plan]]:
   """The longest row that fits, the shortest seen that does not, and all seen.
 
   Lengths are doubled or halved from `length` on until one fits and the next
@@ -80,13 +89,23 @@ def longest(
   the bytes that both need let expect the answer. All but the first are lengths
   that devices can share evenly, for others are filled up to such. If none fits,
   the first answer is the shortest there is; if all do, the second is None.
+  Once one fits, a length that is refused is one that does not.
+
+  Raises:
+    ValueError, NotImplementedError: a length is refused, and none has fitted.
   """
   all_seen = {}
 
   def seen(length):
     clock.say(f'{length:,} tokens')
-    here = all_seen[length] = plan(config, devices, length)
-    clock.note(f'{length:,} tokens: {here.verdict}')
+    try:
+      here = all_seen[length] = plan(config, devices, length)
+    except (ValueError, NotImplementedError) as error:
+      if not any(one.fits for one in all_seen.values()):
+        raise
+      here = Refused(length, str(error))
+    says = here.why if isinstance(here, Refused) else here.verdict
+    clock.note(f'{length:,} tokens: {says}')
     return here
 
   here = seen(length)
@@ -100,17 +119,21 @@ def longest(
     fits, fails = (here, fails) if here.fits else (fits, here)
   step = max(fits.length // STEPS // unit, 1) * unit
   while (between := (fails.length - fits.length) // step) > 1:
-    share = (fits.room - fits.needs) / (fails.needs - fits.needs)
+    share = 1 / 2
+    if not isinstance(fails, Refused):
+      share = (fits.room - fits.needs) / (fails.needs - fits.needs)
     ahead = min(max(int(share * between), 1), between - 1)
     here = seen(fits.length + ahead * step)
     fits, fails = (here, fails) if here.fits else (fits, here)
   return fits, fails, all_seen
 
 
-def ends(found: Plan, fails: Plan | None) -> str:
+def ends(found: Plan, fails: Plan | Refused | None) -> str:
   """What a search for the longest row came to."""
   if found.fits:
     longer = f'{fails.length:,} do not' if fails else 'no longer were tried'
+    if isinstance(fails, Refused):
+      longer = f'{fails.length:,} are refused: {fails.why}'
     return f'{found.length:,} tokens a row fit, {longer}'
   tokens = 'one token' if found.length == 1 else f'{found.length:,} tokens'
   return f'none: not even {tokens} a row fit' + (

@@ -56,7 +56,7 @@ def searched(monkeypatch, start, needs):
 
   monkeypatch.setattr(program, 'plan', fake)
   fits, fails, found = program.longest({}, [None] * 4, start, Clock(console()))
-  assert list(found) == seen
+  assert [x for x in seen if x in found] == list(found)
   return fits, fails, seen
 
 
@@ -112,6 +112,32 @@ def test_everything_fits(monkeypatch):
   assert fails is None
   assert program.MOST // 2 < fits.length <= program.MOST
   assert program.ends(fits, None).endswith('fit, no longer were tried')
+
+
+@pytest.mark.parametrize('most', [4096, 5000, 8191])
+def test_a_length_that_is_refused_ends_the_search(monkeypatch, most):
+  def needs(length):
+    if length > most:
+      raise ValueError(f'positions end at {most}')
+    return GIB
+
+  fits, fails, _ = searched(monkeypatch, 2**10, needs)
+  assert fits.fits
+  assert fits.length <= most < fails.length
+  assert fails.length - fits.length == 2**12 // program.STEPS
+  said = program.ends(fits, fails)
+  assert said == (
+    f'{fits.length:,} tokens a row fit, {fails.length:,} are refused: positions'
+    f' end at {most}'
+  )
+
+
+def test_what_is_refused_before_anything_fits_is_an_error(monkeypatch):
+  def needs(length):
+    raise ValueError('the model has no layers')
+
+  with pytest.raises(ValueError, match='has no layers'):
+    searched(monkeypatch, 2**10, needs)
 
 
 def test_ways():
