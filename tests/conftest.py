@@ -94,9 +94,11 @@ def compiler(request):
 def pytest_xdist_make_scheduler(config, log):
   """Tests that share what takes long to make go to one process.
 
-  Those of a file, or of one example of a mechanism.
+  Those of a file, or of one example of a mechanism; in the order of collection.
   """
   from xdist.scheduler import LoadScopeScheduling
+
+  config.option.loadscopereorder = False
 
   class Together(LoadScopeScheduling):
     def _split_scope(self, nodeid):
@@ -108,8 +110,19 @@ def pytest_xdist_make_scheduler(config, log):
   return Together(config, log)
 
 
+# What takes longest comes first: else one process is left with it at the end.
+LONG = (
+  *('train_mesh', 'parallel', 'sharding', 'time_over_processes'),
+  *('flash_matrix', 'long_context', 'flash_tpu', 'processes', 'prefix'),
+  *('flash_gpu', 'tree', 'flash', 'tasks_in_context', 'ablate', 'train'),
+  *('long_range', 'filled', 'flash_features', 'tensor', 'models'),
+)
+
+
 def pytest_collection_modifyitems(config, items):
-  """With --mechanism, only the tests of mechanisms are of interest."""
+  """The longest first; with --mechanism, only the tests of mechanisms."""
+  place = {f'test_{name}': i for i, name in enumerate(LONG)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
   if config.getoption('--mechanism'):
     kept = [item for item in items if 'mechanism' in item.fixturenames]
     config.hook.pytest_deselected(

@@ -58,39 +58,43 @@ def attend(rule, q, k, v, extras, query, key):
   return _attend(rule, *alike((q, k, v, extras), (query, key)), query, key)
 
 
+def _scores(rule, queries, keys, masked, extras):
+  """Scores `b k r s` of scaled queries `b k r d` and keys `b k s d`."""
+  (q, query), (k, key) = queries, keys
+  x = jnp.einsum('bkrd,bksd->bkrs', q, k)
+  if extras.scores or extras.bias is not None:
+    x = tiles.by_head(rule.scored, x.mT, query, key, extras, rule.blocks.q).mT
+  if masked:
+    across = jax.tree.map(lambda x: x[:, None, :, None], query)
+    along = jax.tree.map(lambda x: x[:, None, None, :], key)
+    x = jnp.where(masks.sees(rule.mask, across, along), x, -jnp.inf)
+  # What is computed apart, from the same, has the same bits.
+  return lax.optimization_barrier(x) if _small(q, k) else x
+
+
+def _small(q, k):
+  """Whether both directions have to make scores in the same way.
+
+  exp makes much of the last bit of a large score: weights of other bits would
+  not sum to l, nor their gradients to 0. Of a product with a short side XLA for
+  CPUs sums the transposed in another order; of others it does not.
+  """
+  return min(q.shape[2], k.shape[2]) < 16
+
+
 def _tile(rule, queries, keys, masked, extras):
   """Attention of queries `b k r d` to keys `b k s d`."""
   (q, query), (k, v, key) = queries, keys
   dtype = accumulator(q)
   q, k, v = rule.scale * q.astype(dtype), k.astype(dtype), v.astype(dtype)
-  by_head = lambda fn, x: (
-    tiles.by_head(fn, x.mT, query, key, extras, rule.blocks.q).mT
-  )
-  x = jnp.einsum('bkrd,bksd->bkrs', q, k)
-  if extras.scores or extras.bias is not None:
-    x = by_head(rule.scored, x)
-  if masked:
-    across = jax.tree.map(lambda x: x[:, None, :, None], query)
-    along = jax.tree.map(lambda x: x[:, None, None, :], key)
-    x = jnp.where(masks.sees(rule.mask, across, along), x, -jnp.inf)
+  x = _scores(rule, (q, query), (k, key), masked, extras)
   # A derivative of max would compare scores that XLA computes twice, and not
   # to the same bit, with their largest: 0 / 0 where none is equal.
   m = lax.stop_gradient(jnp.max(x, -1))
-  p = jnp.exp(x - finite(m)[..., None])
-  w = by_head(rule.weighed, p) if extras.weights else p
+  w = p = jnp.exp(x - finite(m)[..., None])
+  if extras.weights:
+    w = tiles.by_head(rule.weighed, p.mT, query, key, extras, rule.blocks.q).mT
   return Partial(m, p.sum(-1), jnp.einsum('bkrs,bkse->bkre', w, v))
-
-
-def _scores(q, k):
-  """Scores `b k s r`, to the bit those that `_tile` took the weights of.
-
-  Where scores are large a last bit moves the weights a lot: made with other
-  bits they would no longer sum to l, nor their gradients to 0. XLA for CPUs
-  sums a product with a short side in another order than that of the transposed.
-  """
-  if min(q.shape[2], k.shape[2]) >= 16:
-    return jnp.einsum('bksd,bkrd->bksr', k, q)
-  return lax.optimization_barrier(jnp.einsum('bkrd,bksd->bkrs', q, k)).mT
 
 
 def _tile_gradient(rule, queries, keys, masked, extras):
@@ -113,8 +117,10 @@ def _tile_gradient(rule, queries, keys, masked, extras):
       *(x, floats(extras)),
     )
 
-  x, to_scores = by_head(rule.scored, _scores(q, k))
-  if masked:
+  x, to_scores = by_head(rule.scored, jnp.einsum('bksd,bkrd->bksr', k, q))
+  if _small(q, k):
+    x = _scores(rule, (q, query), (k, key), masked, extras).mT
+  elif masked:
     across = jax.tree.map(lambda x: x[:, None, None, :], query)
     along = jax.tree.map(lambda x: x[:, None, :, None], key)
     x = jnp.where(masks.sees(rule.mask, across, along), x, -jnp.inf)
