@@ -69,17 +69,18 @@ def _scores(rule, queries, keys, masked, extras):
     along = jax.tree.map(lambda x: x[:, None, None, :], key)
     x = jnp.where(masks.sees(rule.mask, across, along), x, -jnp.inf)
   # What is computed apart, from the same, has the same bits.
-  return lax.optimization_barrier(x) if _small(q, k) else x
+  return lax.optimization_barrier(x) if _apart(q, k) else x
 
 
-def _small(q, k):
-  """Whether both directions have to make scores in the same way.
+def _apart(q, k):
+  """Whether both directions have to make scores in the same way, apart.
 
   exp makes much of the last bit of a large score: weights of other bits would
-  not sum to l, nor their gradients to 0. Of a product with a short side XLA for
-  CPUs sums the transposed in another order; of others it does not.
+  not sum to l, nor their gradients to 0. How XLA for CPUs sums a product may
+  depend on whether 16 divides its columns. Where it divides one side of a tile
+  alone, the transposed product has other bits; elsewhere that is the faster.
   """
-  return min(q.shape[2], k.shape[2]) < 16
+  return (q.shape[2] % 16 == 0) != (k.shape[2] % 16 == 0)
 
 
 def _tile(rule, queries, keys, masked, extras):
@@ -118,7 +119,7 @@ def _tile_gradient(rule, queries, keys, masked, extras):
     )
 
   x, to_scores = by_head(rule.scored, jnp.einsum('bksd,bkrd->bksr', k, q))
-  if _small(q, k):
+  if _apart(q, k):
     x = _scores(rule, (q, query), (k, key), masked, extras).mT
   elif masked:
     across = jax.tree.map(lambda x: x[:, None, None, :], query)
