@@ -31,7 +31,7 @@ from pallas_kernels.masks import (
 )
 
 T = 37
-COPIES = 128  # of every two rows: many draws steady the largest error
+COPIES = 32  # draws of every two rows: one draw's largest error is a chance
 BLOCKS = {'blocks': Blocks(16, 8)}
 dense = functools.partial(
   attention, implementation='plain', blocks=Blocks(10**6, 10**6)
@@ -51,18 +51,16 @@ def plain(q, k, v, w, seen, scale=None, softcap=None):
   """o, and the gradients of sum(o * w) by q, k and v."""
 
   def attend(q, k, v):
-    b, t, h, d = q.shape
-    allowed = seen[:, None, None]
-    # A key head's gradient is one sum over all that read it, as ours.
-    q = q.reshape(b, t, k.shape[2], -1, d)
-    x = jnp.einsum('btkgd,bskd->bkgts', q, k)
-    x = x * (d**-0.5 if scale is None else scale)
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    allowed = seen[:, None]
+    x = jnp.einsum('bthd,bshd->bhts', q, k)
+    x = x * (q.shape[-1] ** -0.5 if scale is None else scale)
     x = x if softcap is None else softcap * jnp.tanh(x / softcap)
     x = jnp.where(allowed, x, -1e30)
     p = jnp.where(allowed, jnp.exp(x - x.max(-1, keepdims=True)), 0)
     total = p.sum(-1, keepdims=True)
-    o = jnp.einsum('bkgts,bske->bkgte', p, v) / jnp.where(total == 0, 1, total)
-    o = jnp.einsum('bkgte->btkge', o).reshape(b, t, h, -1)
+    o = jnp.einsum('bhts,bshe->bhte', p, v) / jnp.where(total == 0, 1, total)
+    o = jnp.einsum('bhte->bthe', o)
     return jnp.sum(o * w), o
 
   gradient = jax.grad(attend, argnums=(0, 1, 2), has_aux=True)
@@ -93,8 +91,14 @@ def blockwise(arrays, data, attend=attention, **rule):
 
 
 def error(x, exact):
+  """A draw's largest error over the RMS of the results: the mean of all draws.
+
+  The largest of all would be one pair's out of a million: a weight that all but
+  is 1, whose error is a chance of either formula.
+  """
   rms = np.sqrt(np.mean(np.square(exact)))
-  return np.abs(np.asarray(x, np.float64) - exact).max() / (rms or 1)
+  worst = np.abs(np.asarray(x, np.float64) - exact).reshape(COPIES, -1).max(1)
+  return worst.mean() / (rms or 1)
 
 
 def wrong(fast, naive, exact):
