@@ -51,7 +51,8 @@ class Schedule:
     step: tile, and what every step does besides.
     masked: tile, where the tile needs a mask and has a program of its own.
     busy: share of the slots for matrix work that a step fills.
-    fills, spills: in `tile`, or in `masked` if there are more.
+    fills, spills: in `tile`.
+    masked_spills: in `masked`.
     seconds: of compiling.
   """
 
@@ -61,6 +62,7 @@ class Schedule:
   busy: float
   fills: int
   spills: int
+  masked_spills: int | None = None
   seconds: float = 0.0
 
 
@@ -129,13 +131,16 @@ def steady(
   if tile is None:
     around = 0
   step = len(own[tile]) + around
+  # Of several, as of a row's first tile and of those behind, the longest.
+  masked = max((x for x in tiles if x != tile), key=cost, default=None)
   return Schedule(
     tile=len(own[tile]),
     step=step,
-    masked=max((len(own[x]) for x in tiles if x != tile), default=None),
+    masked=masked and len(own[masked]),
     busy=work[tile] / (slots * step),
-    fills=max(total(own[x], FILL) for x in tiles),
-    spills=max(total(own[x], SPILL) for x in tiles),
+    fills=total(own[tile], FILL),
+    spills=total(own[tile], SPILL),
+    masked_spills=masked and total(own[masked], SPILL),
   )
 
 
@@ -278,14 +283,15 @@ def static(args: argparse.Namespace) -> list[str]:
         *(f'{one.tile:,}', f'{one.step:,}'),
         '-' if one.masked is None else f'{one.masked:,}',
         f'{one.step / rival.step:.2f}' if rival else '-',
-        *(f'{one.busy:.0%}', str(one.fills), str(one.spills)),
+        *(f'{one.busy:.0%}', f'{one.fills:,}', f'{one.spills:,}'),
+        '-' if one.masked is None else f'{one.masked_spills:,}',
         f'{one.seconds:.0f}',
       ]
     )
   head = [
     *('chip', 'direction', 'queries x keys', 'whose'),
     *('bundles, tile', 'step', 'tile masked', 'step over splash'),
-    *('MXU slots', 'fills', 'spills', 'seconds to compile'),
+    *('MXU slots', 'fills', 'spills', 'spills masked', 'seconds to compile'),
   ]
   libtpu = importlib.metadata.version('libtpu')
   return [
@@ -300,8 +306,8 @@ def static(args: argparse.Namespace) -> list[str]:
     "the fused one; `flash` is jax's, with its default blocks. MXU slots are "
     'those that a step fills: no more of the peak can be reached. A bundle '
     'takes a cycle or, where it waits for the matrix units or for memory, '
-    'more. Fills and spills are those of the tile with a mask, where that has '
-    'more. Seconds to compile include writing the schedules down.',
+    'more. A spill is a register written to memory for want of room, a fill is '
+    'one read back. Seconds to compile include writing the schedules down.',
     markdown(head, rows),
   ]
 

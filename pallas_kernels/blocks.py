@@ -26,47 +26,65 @@ class Blocks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tile:
-  """A tile on a TPU, and the parts in which it is computed.
+class Parts:
+  """How a tile is cut: the compiler sees a part's work beside the next one's.
 
   Attributes:
-    q, k: queries and keys in the tile.
     rows: keys in a part.
     columns: queries in a part.
     depth: keys over which a product with v sums at once, forward: a multiple of
       rows.
   """
 
-  q: int
-  k: int
   rows: int
   columns: int
   depth: int = 128
 
+  def within(self, q: int, k: int) -> 'Parts':
+    """The same of a tile that may be smaller."""
+    rows, columns = min(self.rows, k), min(self.columns, q)
+    return Parts(rows, columns, max(rows, min(self.depth, k)))
 
-# Found by static schedules, see docs/benchmarks/flash_tpu.md: forward, of those
-# that spill nothing in tiles without a mask on v5e, v5p and v6e, the ones with
-# fewest bundles; v4 and TPU7x have those of the same matrix units.
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+  """A tile, and on a TPU the parts in which it is computed.
+
+  Attributes:
+    q, k: queries and keys in the tile.
+    clear: parts of tiles that need no mask.
+    masked: parts of those that do, if others: a mask takes registers.
+  """
+
+  q: int
+  k: int
+  clear: Parts | None = None
+  masked: Parts | None = None
+
+
+# Found by static schedules, see docs/benchmarks/flash_tpu.md: of those that
+# spill nothing on v5e, v5p and v6e, the ones with fewest bundles; v4 and TPU7x
+# have those of the same matrix units.
 TPU = {
   'TPU v4': {
-    'forward': Tile(2048, 512, 128, 128),
-    'backward': Tile(1024, 512, 512, 256),
+    'forward': Tile(2048, 512, Parts(128, 128)),
+    'backward': Tile(1024, 512, Parts(512, 256)),
   },
   'TPU v5 lite': {  # v5e
-    'forward': Tile(2048, 512, 128, 128),
-    'backward': Tile(1024, 512, 512, 256),
+    'forward': Tile(2048, 512, Parts(128, 128)),
+    'backward': Tile(1024, 512, Parts(512, 256)),
   },
   'TPU v5': {  # v5p
-    'forward': Tile(2048, 512, 128, 128),
-    'backward': Tile(1024, 512, 512, 256),
+    'forward': Tile(2048, 512, Parts(128, 128)),
+    'backward': Tile(1024, 512, Parts(512, 256)),
   },
   'TPU v6 lite': {  # v6e
-    'forward': Tile(2048, 512, 128, 256, 512),
-    'backward': Tile(1024, 512, 256, 256),
+    'forward': Tile(2048, 512, Parts(128, 256, 512), Parts(96, 256, 512)),
+    'backward': Tile(1024, 512, Parts(256, 256)),
   },
   'TPU7x': {
-    'forward': Tile(2048, 512, 128, 256, 512),
-    'backward': Tile(1024, 512, 512, 256),
+    'forward': Tile(2048, 512, Parts(128, 256, 512), Parts(96, 256, 512)),
+    'backward': Tile(1024, 512, Parts(512, 256)),
   },
 }
 OTHERS = 'TPU v5'  # whose blocks are taken where the chip is not known
@@ -103,5 +121,5 @@ def tile(
   # Half of a tile on the diagonal is in vain: it should not be half of all.
   wide = min(best.q, max(1024, t // 4))
   q, k = side(blocks.q, t, wide), side(blocks.k, s, best.k)
-  rows, columns = min(best.rows, k), min(best.columns, q)
-  return Tile(q, k, rows, columns, max(rows, min(best.depth, k)))
+  masked = best.masked or best.clear
+  return Tile(q, k, best.clear.within(q, k), masked.within(q, k))

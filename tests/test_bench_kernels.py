@@ -35,7 +35,7 @@ def test_steady():
   units[7][bench_kernels.SPILL] = 1
   found = bench_kernels.steady(bundles, units, slots=2)
   assert found == bench_kernels.Schedule(
-    tile=2, step=7, masked=3, busy=4 / 14, fills=0, spills=1
+    tile=2, step=7, masked=3, busy=4 / 14, fills=0, spills=0, masked_spills=1
   )
 
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments import bench_kernels
 from experiments.bench_compiled import FEATURES, compiled, verdict
-from pallas_kernels import chips
+from pallas_kernels import blocks, chips
 from pallas_kernels.blocks import Blocks
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('compiler')]
@@ -23,6 +24,24 @@ def test_chosen_blocks(chip):
   text = program.as_text()
   assert 'flash_forward' in text
   assert 'flash_backward' in text
+
+
+@pytest.mark.parametrize(
+  ('direction', 'chip', 'q', 'k'),
+  [
+    ('forward', 'v5e', 2048, 512),
+    ('backward', 'v5p', 1024, 512),
+    ('forward', 'v6e', 2048, 512),
+  ],
+)
+def test_chosen_blocks_spill_nothing(direction, chip, q, k):
+  """The page of schedules has the others."""
+  with jax.set_mesh(chips.mesh(chip)):
+    chosen = blocks.tile(Blocks(), direction, 32768, 32768)
+  assert (chosen.q, chosen.k) == (q, k)
+  found = bench_kernels.schedule(('ours', direction, chip, str(q), str(k)))
+  assert found.masked
+  assert found.spills == found.masked_spills == 0
 
 
 @pytest.mark.parametrize(

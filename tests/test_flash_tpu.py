@@ -8,6 +8,7 @@ for a TPU is tested here too, and in `test_flash_aot` that they compile.
 """
 
 import functools
+import itertools
 import types
 from unittest import mock
 
@@ -544,10 +545,12 @@ def test_wide_tiles_are_for_long_rows():
 
 
 @pytest.mark.parametrize('k', [128, 384, 640])
-def test_a_product_with_v_is_over_whole_parts(k):
-  """Of a tile that is asked for, too: else it would read what was replaced."""
-  for chip in blocks.TPU:
+def test_parts_lie_within_a_tile_that_is_asked_for(k):
+  for chip, direction in itertools.product(blocks.TPU, blocks.TPU['TPU v4']):
     with mock.patch.object(blocks, 'chip', lambda chip=chip: chip):
-      tile = blocks.tile(Blocks(k=k), 'forward', 4096, 4096)
-      assert tile.k == k
-      assert tile.depth % tile.rows == 0
+      tile = blocks.tile(Blocks(k=k), direction, 4096, 4096)
+    assert tile.k == k
+    for parts in (tile.clear, tile.masked):
+      assert parts.rows <= parts.depth <= k
+      assert parts.columns <= tile.q
+      assert parts.rows % 16 == parts.columns % 128 == 0

@@ -136,7 +136,7 @@ class Plan(layout.Plan):
 
 
 def make(rule, q, k, v, extras, query, key, side_q, side_k, stages=2) -> Plan:
-  tile = Tile(side_q, side_k, side_k, side_q)
+  tile = Tile(side_q, side_k)
   found = layout.known(rule, q, k, v, extras, query, key, tile)
   found |= {'d': _width(found['d']), 'e': _width(found['e'])}
   return Plan(**found, stages=stages, **_functions(rule, extras, query))

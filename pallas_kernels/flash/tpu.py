@@ -151,26 +151,23 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
   runs = plan.runs(table, b, i, True)
   total = runs.total
   q, k, v = ins['q'], ins['k'], ins['v']
-  x_buffer, p_buffer, o, m, l, shrink = scratch  # noqa: E741
-  now, before = (
-    layout.Standing(plan, ins['query'], keys, i, runs.tile(n, lag))
-    for lag, keys in ((0, ins['key']), (1, ins['key_before']))
-  )
+  x_buffer, p_buffer, o, m, l, shrink, keys = scratch  # noqa: E741
+  standing = functools.partial(layout.Standing, plan, ins['query'])
+  now = standing(ins['key'], i, runs.tile(n), keys)
+  before = standing(ins['key_before'], i, runs.tile(n, 1))
   side_q, side_k = plan.tile.q, plan.tile.k
   row = pl.ds(0, 1)
 
-  parts = layout.cut(side_k, plan.tile.rows)
-
-  def add(columns):
+  def add(parts, columns):
     """o += p v, of the tile before the one before."""
-    for keys in layout.cut(side_k, plan.tile.depth):
+    for keys in layout.cut(side_k, parts.depth):
       o[:, columns] += plan.dot(v[:, keys], p_buffer[keys, columns], NN)
-      yield from itertools.repeat(None, plan.tile.depth // plan.tile.rows)
+      yield from itertools.repeat(None, parts.depth // parts.rows)
 
-  def weigh(columns):
+  def weigh(parts, columns):
     """p = exp(x - m), of the tile before; o is then in units of its m, too."""
     most, factor, sums = m[row, columns], shrink[row, columns], None
-    for rows in parts:
+    for rows in layout.cut(side_k, parts.rows):
       p = plan.power(x_buffer[rows, columns] - most)
       more = layout.folded(jnp.sum, p)
       sums = more if sums is None else sums + more
@@ -183,10 +180,10 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
     l[row, columns] = factor * l[row, columns] + sums.sum(0, keepdims=True)
     o[:, columns] = factor * o[:, columns]
 
-  def score(columns, masked):
+  def score(parts, columns, masked):
     """x = q k and m, of the tile that has come."""
     best = None
-    for rows in parts:
+    for rows in layout.cut(side_k, parts.rows):
       x = plan.dot(k[rows, :], q[columns, :], NT)
       if plan.modified:
         own = layout.part_of(
@@ -203,13 +200,14 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
     new = jnp.maximum(old, best.max(0, keepdims=True))
     m[row, columns], shrink[row, columns] = new, plan.power(old - new)
 
-  def stages(*which):
+  def stages(parts, *which):
     """Part by part in turn: a part leaves its buffer for another that comes.
 
     Else what waits for the room would wait in registers, of which there are 64.
     """
-    for columns in layout.cut(side_q, plan.tile.columns):
-      for _ in itertools.zip_longest(*(stage(columns) for stage in which)):
+    for columns in layout.cut(side_q, parts.columns):
+      turns = (stage(parts, columns) for stage in which)
+      for _ in itertools.zip_longest(*turns):
         pass
 
   @pl.when(n == 0)
@@ -218,23 +216,29 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
     l[...] = jnp.zeros_like(l)
     m[...] = jnp.full_like(m, LOWEST)
 
-  clear = functools.partial(score, masked=False)
-  mixed = functools.partial(score, masked=plan.mask)
+  def visit(masked, *others):
+    """A tile comes, and other stages beside it."""
+    parts = plan.tile.masked if masked else plan.tile.clear
+    stages(parts, *others, functools.partial(score, masked=masked))
+
   steady = (n >= 2) & (n < total)
+  needs_mask = runs.needs_mask(now.j)
+  if plan.mask or plan.modified:
+    read = needs_mask | ~steady | plan.modified
+    pl.when((n < total) & read)(now.keep_keys)
 
   @pl.when(steady)
   def _():
     if not plan.mask:
-      return stages(add, weigh, clear)
-    needs_mask = runs.needs_mask(now.j)
-    pl.when(needs_mask)(lambda: stages(add, weigh, mixed))
-    pl.when(~needs_mask)(lambda: stages(add, weigh, clear))
+      return visit(False, add, weigh)
+    pl.when(needs_mask)(lambda: visit(True, add, weigh))
+    pl.when(~needs_mask)(lambda: visit(False, add, weigh))
 
   @pl.when(~steady)
   def _():
-    pl.when((n >= 2) & (n <= total + 1))(lambda: stages(add))
-    pl.when((n >= 1) & (n <= total))(lambda: stages(weigh))
-    pl.when(n < total)(lambda: stages(mixed))
+    pl.when((n >= 2) & (n <= total + 1))(lambda: stages(plan.tile.clear, add))
+    pl.when((n >= 1) & (n <= total))(lambda: stages(plan.tile.clear, weigh))
+    pl.when(n < total)(lambda: visit(plan.mask))
 
   @pl.when(n == pl.num_programs(3) - 1)
   def _():
@@ -330,6 +334,7 @@ def forward(rule, q, k, v, extras, query, key):
           buffer(sides.k, sides.q, dtype=q.dtype),
           buffer(plan.e, sides.q),
           *[one] * 3,
+          buffer(*plan.kept[0], dtype=jnp.int32),
         ]
       ],
     ),
@@ -362,8 +367,8 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
   runs = plan.runs(table, b, j, False)
   total = runs.total
   q, k, v, do = (ins[name] for name in ('q', 'k', 'v', 'do'))
-  p_buffer, x_buffer, dk, dv, ring, reads, writes, own = scratch
-  now = layout.Standing(plan, ins['query'], ins['key'], runs.tile(n), j)
+  p_buffer, x_buffer, dk, dv, ring, reads, writes, own, kept = scratch
+  now = layout.Standing(plan, ins['query'], ins['key'], runs.tile(n), j, *kept)
   side_q, side_k = plan.tile.q, plan.tile.k
   last = n == pl.num_programs(4) - 1
   del totals  # they are where the results are
@@ -435,11 +440,13 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
         more += own['queries'][at, columns]
       own['queries'][at, columns] = more
 
-  def stages(add, masked=None):
-    for columns in layout.cut(side_q, plan.tile.columns):
+  def stages(parts, add, masked=None):
+    if masked or (plan.modified and masked is not None):
+      now.keep_queries()
+    for columns in layout.cut(side_q, parts.columns):
       if add:
         add_queries(columns)
-      for rows in layout.cut(side_k, plan.tile.rows):
+      for rows in layout.cut(side_k, parts.rows):
         if add:
           add_keys(rows, columns)
         if masked is not None:
@@ -449,6 +456,7 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
   def _():
     dk[...] = jnp.zeros_like(dk)
     dv[...] = jnp.zeros_like(dv)
+    now.keep_keys()
 
   @pl.when(n == 0)
   def _():
@@ -470,15 +478,15 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
   @pl.when(steady)
   def _():
     if not plan.mask:
-      return stages(True, False)
+      return stages(plan.tile.clear, True, False)
     needs_mask = runs.needs_mask(now.i)
-    pl.when(needs_mask)(lambda: stages(True, True))
-    pl.when(~needs_mask)(lambda: stages(True, False))
+    pl.when(needs_mask)(lambda: stages(plan.tile.masked, True, True))
+    pl.when(~needs_mask)(lambda: stages(plan.tile.clear, True, False))
 
   @pl.when(~steady)
   def _():
-    pl.when(active)(lambda: stages(True))
-    pl.when(n < total)(lambda: stages(False, plan.mask))
+    pl.when(active)(lambda: stages(plan.tile.clear, True))
+    pl.when(n < total)(lambda: stages(plan.tile.masked, False, plan.mask))
 
   pl.when(active)(lambda: copy(n, True).start())
 
@@ -645,6 +653,7 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
             'keys': [buffer(sides.k, 1) for _ in kinds['keys']],
             'queries': buffer(more, sides.q) if more else None,
           },
+          [buffer(*shape, dtype=jnp.int32) for shape in plan.kept],
         ]
       ],
     ),

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import masks, runs
-from pallas_kernels.blocks import Tile, tile
+from pallas_kernels.blocks import LANES, Tile, tile
 from pallas_kernels.masks import Everything, Side, Tokens
 from pallas_kernels.problem import (
   Extras,
@@ -87,6 +87,17 @@ class Plan:
   @property
   def group(self):
     return self.h // self.heads
+
+  @property
+  def fields(self):
+    """Numbers that a token has: its order, segment and tags."""
+    return 1 + (self.segments or self.ragged) + len(self.tags)
+
+  @property
+  def kept(self):
+    """The shapes of the buffers of `Standing`, of keys and of queries."""
+    keys = self.fields, self.tile.k, LANES
+    return keys, (aligned(self.fields), self.tile.q)
 
   def table(self, rule, query: Tokens, key: Tokens, by_query):
     """Which tiles are visited, see `runs.table`."""
@@ -256,7 +267,6 @@ def token_specs(plan, place):
   """Of queries and of keys, or None."""
   if not plan.tokens:
     return None, None
-  fields = 1 + (plan.segments or plan.ragged) + len(plan.tags)
   row = lambda b: b if plan.rows > 1 else 0
 
   def query(*grid):
@@ -268,8 +278,8 @@ def token_specs(plan, place):
     return row(b), 0, j
 
   return (
-    pl.BlockSpec((None, fields, plan.tile.q), query),
-    pl.BlockSpec((None, fields, plan.tile.k), key),
+    pl.BlockSpec((None, plan.fields, plan.tile.q), query),
+    pl.BlockSpec((None, plan.fields, plan.tile.k), key),
   )
 
 
@@ -278,13 +288,20 @@ def _column(row):
   return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Standing:
   """Where the queries and keys of one tile stand.
+
+  What a key knows of itself is a column of a tile: the same in all lanes. Made
+  where it is used it would be made for each part anew, or stay in registers and
+  be spilled; so it is made once, for `part` to read, and so are queries where a
+  kernel has no register for them.
 
   Attributes:
     query, key: refs of tokens, 'f c', or None if orders count up.
     i, j: which tile it is.
+    keys: a buffer of tokens of keys, 'f k 128'; if None they are made in place.
+    queries: the same of queries, 'f q'; not for those that are read.
   """
 
   plan: Plan
@@ -292,33 +309,66 @@ class Standing:
   key: Any
   i: Any
   j: Any
+  keys: Any = None
+  queries: Any = None
+
+  def keep_keys(self):
+    """Fills the buffer. Call it before `part` of any tile with other keys."""
+    for f, field in enumerate(self._keys(pl.ds(0, self.plan.tile.k), LANES)):
+      self.keys[f] = field
+
+  def keep_queries(self):
+    """The same for queries."""
+    if self.plan.tokens:
+      return
+    for f, field in enumerate(self._queries(pl.ds(0, self.plan.tile.q))):
+      self.queries[pl.ds(f, 1)] = field
 
   def part(self, rows, columns) -> tuple[Tokens, Tokens]:
-    """Tokens of queries '1 c' and of keys 'c 1'."""
-    plan, tile = self.plan, self.plan.tile
-    if not plan.tokens:
-      iota = lambda shape, axis: lax.broadcasted_iota(jnp.int32, shape, axis)
-      order = self.i * tile.q + columns.start + iota((1, columns.size), 1)
-      query = Tokens(Side(order, {}), jnp.ones_like(order))
-      order = self.j * tile.k + rows.start + iota((rows.size, 1), 0)
-      inside = (order < plan.s).astype(jnp.int32) if plan.ragged else None
-      key = Tokens(Side(order, {}), inside)
-      return query, key
+    """Tokens of queries '1 c' and of keys: 'c 1', or as many as queries."""
+    fields = range(self.plan.fields)
+    if self.keys is None:
+      keys = self._keys(rows, 1)
+    else:
+      wide = lambda x: jnp.concatenate([x] * (columns.size // LANES), 1)
+      keys = [wide(self.keys[f, rows]) for f in fields]
+    if self.plan.tokens:
+      queries = [self.query[pl.ds(f, 1), columns] for f in fields]
+    elif self.queries is None:
+      queries = self._queries(columns)
+    else:
+      queries = [self.queries[pl.ds(f, 1), columns] for f in fields]
+    return self._tokens(queries), self._tokens(keys)
 
-    def side(ref, where, turn):
-      fields = [turn(ref[pl.ds(f, 1), where]) for f in range(ref.shape[0])]
-      order = fields.pop(0)
-      segments = fields.pop(0) if plan.segments or plan.ragged else None
-      return Tokens(Side(order, dict(zip(plan.tags, fields))), segments)
+  def _queries(self, columns):
+    # Of 128 at a time: numbers beyond would be a constant that is spilled.
+    start = self.i * self.plan.tile.q + columns.start
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    orders = [start + at + lane for at in range(0, columns.size, LANES)]
+    order = jnp.concatenate(orders, 1)
+    return [order, jnp.ones_like(order)][: self.plan.fields]
 
-    return (
-      side(self.query, columns, lambda x: x),
-      side(self.key, rows, _column),
-    )
+  def _keys(self, rows, lanes):
+    plan = self.plan
+    if plan.tokens:
+      return [
+        jnp.broadcast_to(
+          _column(self.key[pl.ds(f, 1), rows]), (rows.size, lanes)
+        )
+        for f in range(plan.fields)
+      ]
+    order = self.j * plan.tile.k + rows.start
+    order += lax.broadcasted_iota(jnp.int32, (rows.size, lanes), 0)
+    return [order, (order < plan.s).astype(jnp.int32)][: plan.fields]
+
+  def _tokens(self, fields) -> Tokens:
+    order, *fields = fields
+    segments = fields.pop(0) if self.plan.segments or self.plan.ragged else None
+    return Tokens(Side(order, dict(zip(self.plan.tags, fields))), segments)
 
 
 def _sides(standing, rows, columns):
-  """Sides as a modification of scores reads them: '1 1 1 t' and '1 1 s 1'."""
+  """As a modification of scores reads them: '1 1 1 t'; '1 1 s 1' or 't'."""
   query, key = standing.part(rows, columns)
   return jax.tree.map(lambda x: x[None, None], (query.side, key.side))
 
