@@ -164,6 +164,9 @@ class Tokens:
   `valid` and `starts` are `None` where it is known, before any array is looked
   at, that there are no pads and that no segment begins; engines then take
   their short way. For a fresh state every segment may be taken to begin.
+  `dense` says that every row is one segment from order 0, with padding behind
+  it or none: then the place of a token is its order, and orders need not be
+  read. Who permutes the arrays takes it back.
   """
 
   order: PerToken
@@ -172,6 +175,7 @@ class Tokens:
   tags: dict[str, PerToken]
   valid: Flags | None
   starts: Flags | None
+  dense: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
 def resolve(
@@ -184,7 +188,7 @@ def resolve(
     if clock is not None:
       order = order + clock.order[:, None]
       segments = segments * jnp.maximum(clock.segment, 1)[:, None]
-    return Tokens(order, segments, order, {}, None, None)
+    return Tokens(order, segments, order, {}, None, None, clock is None)
   positions = packing.order if packing.positions is None else packing.positions
   valid = packing.segments > 0
   # A fresh state begins every row anyhow.
@@ -196,4 +200,5 @@ def resolve(
     packing.tags,
     valid,
     None if begun else valid & (packing.order == 0),
+    dense=begun,
   )

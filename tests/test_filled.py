@@ -7,6 +7,7 @@ prints what it found.
 import dataclasses
 import json
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import pytest
 import jaxattn
 from jaxattn.packing import Clock, Packing, resolve
 from jaxattn.parallel import mesh as meshes
+from jaxattn.parallel import sequence
 from jaxattn.positions import learned
 from jaxattn.tasks.batch import Batch
 from jaxattn.train import build, optimizer, step
@@ -24,8 +26,12 @@ from tests import devices
 STEPS = 5
 LENGTH, NEXT = 122, 128  # the next that eight devices can share
 # One has a loss of its own that counts tokens, and is laid in a zigzag; the
-# other wants neighbours in time to be neighbours.
-MIXERS = {'softmax': 'mixture_of_heads', 'recurrent': 'gated_linear'}
+# others want neighbours in time to be neighbours.
+MIXERS = {
+  'softmax': 'mixture_of_heads',
+  'recurrent': 'gated_linear',
+  'window': 'sliding_window',
+}
 
 
 class Unfilled(step.Feed):
@@ -62,7 +68,8 @@ class Run:
       'mixture_of_heads': {
         'balance': 1.0,
         'position': {'name': 'learned', 'length': length},
-      }
+      },
+      'sliding_window': {'window': 9},
     }
     config = build.complete(
       {
@@ -78,7 +85,9 @@ class Run:
           'depth': 1,
           'hidden': 64,
           'mixer': MIXERS[kind],
-          'mechanisms': fields if kind == 'softmax' else {},
+          'mechanisms': {
+            name: fields[name] for name in fields if name == MIXERS[kind]
+          },
         },
         'policy': {'dropout': 0.1},
         'layout': 'contiguous' if feed is Unfilled else None,
@@ -86,8 +95,15 @@ class Run:
     )
     task, model = build.build(config)
     update, rate = optimizer.make(STEPS, 'adamw', {'peak': 1e-3})
-    self.mesh = mesh
-    with jax.set_mesh(mesh):
+    self.mesh, self.chosen = mesh, set()
+    choose = sequence.choose
+
+    def noted(*args):
+      strategy = choose(*args)
+      self.chosen.add(strategy.name)
+      return strategy
+
+    with jax.set_mesh(mesh), mock.patch.object(sequence, 'choose', noted):
       self.feed = feed.of(config, task, model, mesh)
       self.made = step.programs(model, self.feed, update, rate)
       train = self.made.train.lower(self.made.shapes, self.feed.train(0))
@@ -118,6 +134,7 @@ class Run:
       'tokens': [self.feed.length, batch.inputs.shape[-1]],
       'layout': self.feed.layout,
       'bytes': self.bytes(),
+      'chosen': sorted(self.chosen),
     }
 
   def mutant(self, kind):
@@ -166,9 +183,14 @@ class TestFilled:
   def test_time_is_shared(self, found, kind):
     eight = found[kind]['eight']
     assert eight['tokens'] == [NEXT, NEXT]
-    near = kind == 'recurrent'
+    near = kind != 'softmax'
     assert eight['layout'] == ('contiguous' if near else 'zigzag')
     assert eight['bytes'] == pytest.approx(found[kind]['next'], rel=0.05)
+
+
+def test_a_window_sends_no_more_than_it_sees(found):
+  """What fills a row up stands behind it: a token's place is its order."""
+  assert found['window']['eight']['chosen'] == ['halo']
 
 
 def test_what_is_noticed(found):
@@ -176,6 +198,7 @@ def test_what_is_noticed(found):
   for kind, mutant in (
     ('softmax', 'counted'),
     ('recurrent', 'counted'),
+    ('window', 'counted'),
     ('softmax', 'real'),  # by its own loss: nothing else looks ahead
   ):
     apart = np.divide(found[kind][mutant], found[kind]['one']['losses']) - 1

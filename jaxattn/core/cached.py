@@ -39,15 +39,13 @@ def attend(
       'a bias by distance wants one position for each token, not '
       f'{positions.shape[-1]}'
     )
-  queries = tokens.segments
   if memory is None:
-    key_positions, queries, order = positions, None, None
-    if tokens.valid is not None:
-      queries, order = tokens.segments, tokens.order
-    places, segments = order, queries
+    key_positions = positions
+    queries = segments = None if tokens.valid is None else tokens.segments
+    places = order = None if tokens.dense else tokens.order
   else:
     (k, v, order, segments, key_positions), memory = memory.read(k, v, tokens)
-    places = tokens.order
+    queries, places = tokens.segments, tokens.order
   tags = lambda at: None if score is None else {POSITION: at}
   o = engine(
     q,

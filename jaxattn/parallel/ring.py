@@ -74,8 +74,8 @@ def over(ring: Ring, dense: bool = False):
 
   Args:
     ring: the devices.
-    dense: tokens stand in their order over the devices, in one segment: then it
-      is known while tracing who may see whom.
+    dense: tokens stand in their order over the devices: then it is known while
+      tracing who may see whom.
   """
 
   @functools.cache

@@ -174,7 +174,7 @@ class Call:
     b, t, h, d, s, k, e: sizes on one of them, by the usual letters.
     itemsize: bytes of a number.
     reach: orders before and after its own that a query may see, at most.
-    dense: tokens stand in their order over the devices, in one segment.
+    dense: tokens stand in their order over the devices.
   """
 
   devices: int
@@ -444,7 +444,7 @@ def attention(
   Raises:
     NotImplementedError: the strategy asked for cannot serve the call.
   """
-  dense = query_order is None and key_order is None and query_segments is None
+  dense = query_order is None and key_order is None
   over, devices = None, tensor.size(meshes.MODEL)
   shared = devices if k.shape[2] % devices == 0 else 1
   if parts(k) > 1:
