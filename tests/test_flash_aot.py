@@ -28,11 +28,7 @@ def test_chosen_blocks(chip):
 
 @pytest.mark.parametrize(
   ('direction', 'chip', 'q', 'k'),
-  [
-    ('forward', 'v5e', 2048, 512),
-    ('backward', 'v5p', 1024, 512),
-    ('forward', 'v6e', 2048, 512),
-  ],
+  [('forward', 'v6e', 2048, 512), ('backward', 'v5p', 1024, 512)],
 )
 def test_chosen_blocks_spill_nothing(direction, chip, q, k):
   """The page of schedules has the others."""
