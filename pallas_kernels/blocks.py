@@ -32,8 +32,8 @@ class Parts:
   Attributes:
     rows: keys in a part.
     columns: queries in a part.
-    depth: keys over which a product with v sums at once, forward: a multiple of
-      rows.
+    depth: keys over which a product with v sums at once, forward: at least as
+      many as rows.
   """
 
   rows: int
