@@ -270,11 +270,14 @@ def outcome(feature: Feature, name: str) -> str:
   # Precision is the matter of other tests: this is well above any rounding of
   # sums, and well below any mistake. Half precision rounds results alone.
   eps = float(jnp.finfo(feature.dtype).eps)
-  bound = 8 * eps if eps > 1e-4 else 512 * eps
-  for one, other in zip(got, exact(feature)):
+  half = eps > 1e-4
+  for i, (one, other) in enumerate(zip(got, exact(feature))):
     scale = max(np.sqrt(np.mean(np.square(other))), 1)
     error = np.abs(one - other).max() / scale
-    if not error <= bound:
+    # A gradient of what pairs share is a sum over all of them whose terms
+    # cancel, and what the rounding of o has done to each row adds up in it.
+    shared = 3 <= i < len(got) - 1
+    if not error <= ((16 if shared else 8) if half else 512) * eps:
       raise AssertionError(f'{feature.name}, {name}: off by {error:.1e}')
   return 'yes'
 

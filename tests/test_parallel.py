@@ -553,9 +553,9 @@ def sigmoid_apart():
   q, k, v, w, offset = (jnp.asarray(x, jnp.float32) for x in PLAIN)
 
   def gradients(attend):
-    loss = lambda *arrays: jnp.sum(attend(*arrays) * w)
-    arrays = q, k, v, offset
-    return attend(*arrays), *jax.jit(jax.grad(loss, range(4)))(*arrays)
+    loss = lambda *arrays: (lambda o: (jnp.sum(o * w), o))(attend(*arrays))
+    run = jax.jit(jax.grad(loss, range(4), has_aux=True))
+    return jax.tree.leaves(run(q, k, v, offset))
 
   found = {}
   for name in sequence.STRATEGIES:
@@ -668,7 +668,7 @@ def hops():
       out_specs=ROWS['time'],
     )(q)
     x = jnp.zeros((1, 8 * 12, 1, 16))
-    there, back = jax.vjp(attend, x)
+    there, back = jax.vjp(jax.jit(attend), x)
     counts = []
     for program in (jax.make_jaxpr(attend)(x), jax.make_jaxpr(back)(there)):
       moved = [x for x in sent(program.jaxpr) if x[1] == 12 * 16 * 4]

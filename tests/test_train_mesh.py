@@ -7,6 +7,7 @@ devices it simulates: this file, run as a program, prints what it found.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -50,22 +51,40 @@ class Uneven(MQAR):
     return dataclasses.replace(batch, weights=batch.weights * scale)
 
 
-def over(mesh, mixer, workdir=None, dropout=0.0):
-  """Five steps on a mesh: losses, scores, and where weights lie.
-
-  With a workdir the state goes to disk and back before the last step.
-  """
+def programs(mesh, mixer, dropout=0.0):
+  """Configuration, task, batches and programs of a model on a mesh."""
   config = build.complete(CONFIG)
   config['policy'] |= {'dropout': dropout}
   config['model'] |= {'mixer': mixer, 'depth': max(2, len(mixer.split()))}
   task, model = build.build(config)
   task = Uneven(**dataclasses.asdict(task))
   update, rate = optimizer.make(STEPS, **config['optimizer'])
-  losses = []
   with jax.set_mesh(mesh):
     feed = step.Feed.of(config, task, model, mesh)
-    made = step.programs(model, feed, update, rate, seed=1)
-    state = made.init()
+    return config, task, feed, step.programs(model, feed, update, rate, seed=1)
+
+
+def initial(mesh, mixer):
+  """The state that a mesh begins with, on the host."""
+  with jax.set_mesh(mesh):
+    return jax.device_get(programs(mesh, mixer)[-1].init())
+
+
+def over(mesh, mixer, workdir=None, dropout=0.0, start=None, scored=False):
+  """Five steps on a mesh: losses, scores if wanted, and where weights lie.
+
+  With a workdir the state goes to disk and back before the last step. With a
+  state to start from, none is initialised: that of many layers takes as long
+  to compile as the step does.
+  """
+  config, task, feed, made = programs(mesh, mixer, dropout)
+  losses = []
+  with jax.set_mesh(mesh):
+    if start is None:
+      state = made.init()
+    else:
+      where = jax.tree.map(lambda leaf: leaf.sharding, made.shapes)
+      state = jax.device_put(start, where)
     for i in range(STEPS):
       if workdir and i == STEPS - 1:
         checkpoint.claim(workdir, config, task)
@@ -75,7 +94,7 @@ def over(mesh, mixer, workdir=None, dropout=0.0):
         store.close()
       state, metrics = made.train(state, feed.train(i))
       losses.append(float(metrics['loss'][0] / metrics['loss'][1]))
-    pairs = made.evaluate(state.variables(), feed.test(1))
+    pairs = made.evaluate(state.variables(), feed.test(1)) if scored else {}
     moments = state.opt_state[1][0].mu
     share = lambda w: w.addressable_shards[0].data.size / w.size
     return {
@@ -102,21 +121,23 @@ def main(workdir):
   )
   found = {}
   for mixer in MECHANISMS:
+    run = functools.partial(over, mixer=mixer, scored=True)
     found[mixer] = {
-      'one': over(one, mixer),
-      'explicit': over(meshes.make(), mixer, f'{workdir}/{mixer}'),
-      'auto': over(meshes.make(axis_types='auto'), mixer),
-      'time': over(meshes.make(seq=4), mixer),
-      'time, auto': over(meshes.make(seq=4, axis_types='auto'), mixer),
+      'one': run(one),
+      'explicit': run(meshes.make(), workdir=f'{workdir}/{mixer}'),
+      'auto': run(meshes.make(axis_types='auto')),
+      'time': run(meshes.make(seq=4)),
+      'time, auto': run(meshes.make(seq=4, axis_types='auto')),
     }
+  time, model = meshes.make(seq=4), meshes.make(seq=2, model=2)
+  start = initial(time, EVERY)
   found['every'] = {
-    'one': over(one, EVERY),
-    'time': over(meshes.make(seq=4), EVERY),
-    'model': over(meshes.make(seq=2, model=2), EVERY),
+    name: over(mesh, EVERY, start=start)
+    for name, mesh in (('one', one), ('time', time), ('model', model))
   }
   found['dropout'] = {
     'one': over(one, 'multi_head', dropout=0.3),
-    'time': over(meshes.make(seq=4), 'multi_head', dropout=0.3),
+    'time': over(time, 'multi_head', dropout=0.3),
   }
   for mode in ('explicit', 'auto'):
     mesh = meshes.make(seq=2, model=2, axis_types=mode)

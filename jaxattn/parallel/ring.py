@@ -151,6 +151,8 @@ def _fold_back(ring, visit, block, hops):
   """The sums of both results of visit(hop, block).
 
   The first is of what stays; the second of what goes with the block, and home.
+  The last step sends the block once more, for no one: to leave that out, it
+  would have to be a third copy of the kernels in the program.
   """
   add = functools.partial(jax.tree.map, jnp.add)
 
