@@ -6,8 +6,9 @@
 
 The step is the one that `experiments.train` would run with this configuration,
 compiled by the compiler of those chips: so it is their verdict on memory, and
-what is sent and hidden is read from the program that would run. A 7B model for
-256 chips takes from half a minute to two on two CPU cores, by the machine.
+what is sent and hidden is read from the program that would run. For TPUs it is
+known once the compiler has laid out memory, before it makes machine code, which
+takes several times as long; only where the code may decide is that awaited.
 
   --length       tokens of a row, in place of the task's; any number: a row that
                  devices cannot share evenly is filled up
@@ -80,7 +81,7 @@ class Refused:
 
 
 def longest(
-  config: dict[str, Any], devices: Sequence[Any], length: int, clock: Clock
+  config: dict[str, Any], topology: str, length: int, clock: Clock
 ) -> tuple[Plan, Plan | Refused | None, dict[int, Plan]]:
   """The longest row that fits, the shortest seen that does not, and all seen.
 
@@ -99,7 +100,7 @@ def longest(
   def seen(length):
     clock.say(f'{length:,} tokens')
     try:
-      here = all_seen[length] = plan(config, devices, length)
+      here = all_seen[length] = plan(config, topology, length)
     except (ValueError, NotImplementedError) as error:
       if not any(one.fits for one in all_seen.values()):
         raise
@@ -156,9 +157,11 @@ def report(found: Plan, console: Console, search: str | None = None) -> None:
       'parameters': amount(found.held['parameters']),
       'optimiser': amount(found.held['optimiser']),
       'batch': amount(found.held['batch']),
-      'program': amount(found.held['program']),
+      'program': 'machine code was not waited for, and is not counted',
       'temporaries': amount(found.held['temporaries']),
     }
+    if 'program' in found.held:
+      lines['program'] = amount(found.held['program'])
   lines['in all'] = found.verdict
   if not found.held:
     lines['in all'] += ', by a rough count: the compiler gave up before it laid'
@@ -171,7 +174,7 @@ def report(found: Plan, console: Console, search: str | None = None) -> None:
   lines['layout'] = found.layout
   for i, text in enumerate(found.strategies):
     lines['strategy' + (f' {i + 1}' if i else '')] = text
-  lines['compiled in'] = f'{found.seconds:.0f} s'
+  lines['known after'] = f'{found.seconds:.0f} s'
   if search:
     lines['longest'] = search
   width = max(map(len, lines))
@@ -227,7 +230,8 @@ def main(argv: Sequence[str]) -> None:
         'this configuration is not of one run: it needs `task` and `model`, as'
         ' configs/lm.py and configs/long_context.py have them'
       )
-    devices = chips.devices(options.topology)
+    topology = options.topology
+    devices = chips.devices(topology)
     length = options.length or config['task'].get('length')
     if not length:  # that of its preset
       length = tasks.make(**config['task']).length
@@ -241,10 +245,10 @@ def main(argv: Sequence[str]) -> None:
         clock.start(f'{title} {devices[0].device_kind}')
         try:
           if options.longest:
-            plans[name], fails, _ = longest(asked, devices, length, clock)
+            plans[name], fails, _ = longest(asked, topology, length, clock)
             search = ends(plans[name], fails)
           else:
-            plans[name] = plan(asked, devices, length)
+            plans[name] = plan(asked, topology, length)
         except (ValueError, NotImplementedError) as error:
           if len(ways) == 1:
             raise

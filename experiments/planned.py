@@ -4,15 +4,17 @@ import contextlib
 import dataclasses
 import logging
 import math
+import pathlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import laid
 from jaxattn.analysis import traffic
 from jaxattn.models import pattern
 from jaxattn.parallel import mesh as meshes
@@ -20,6 +22,7 @@ from jaxattn.parallel import place, prefix, sequence, stripe
 from jaxattn.parallel.place import amount
 from jaxattn.tasks.batch import Batch
 from jaxattn.train import build, optimizer, step
+from pallas_kernels import chips
 
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 # "Ran out of memory ... memory required for HLO temporaries (2.00T) exceeds
@@ -41,12 +44,13 @@ class Plan:
     parameters: of the model, in all; pattern: its layers, in words.
     layout: of tokens over devices.
     strategies: what each kind of attention call chose, with its reason.
-    held: 'parameters', 'optimiser', 'batch', 'program', 'temporaries'; empty if
-      the compiler gave up, who then says roughly what is needed.
+    held: 'parameters', 'optimiser', 'batch', 'temporaries', and 'program', the
+      machine code, where it was waited for; empty if the compiler gave up, who
+      then says roughly what is needed.
     needs: bytes in all; room: what a device has.
     sent: bytes that it sends in a step; hidden: of these, behind other work.
     advice: what to change, if it does not fit.
-    seconds: that compiling took.
+    seconds: until it was known.
   """
 
   length: int
@@ -95,20 +99,32 @@ class _Length:
     return getattr(self._task, name)
 
 
-def plan(
-  config: Mapping[str, Any], devices: Sequence[jax.Device], length: int
-) -> Plan:
-  """Compiles the step of a configuration.
+def plan(config: Mapping[str, Any], topology: str, length: int) -> Plan:
+  """Compiles the step of a configuration, as far as is needed to know.
 
   Args:
     config: see `jaxattn.train.build.DEFAULTS`; its `batch` may be 'devices', a
       row for each.
-    devices: for which; see `pallas_kernels.chips.devices`.
+    topology: for which chips; see `pallas_kernels.chips.devices`.
     length: tokens of a row, in place of the task's.
 
   Raises:
     ValueError, NotImplementedError: what cannot work, with the reason.
+    ModuleNotFoundError: there is no compiler for those chips.
   """
+  if topology.partition(':')[0] in chips.GPUS:  # whose compiler is quick
+    return here(config, topology, length)
+  return laid.apart(here, config, topology, length, name='jit_train')
+
+
+def here(
+  config: Mapping[str, Any],
+  topology: str,
+  length: int,
+  dumps: pathlib.Path | None = None,
+) -> Plan:
+  """The same in this process, where the compiler writes to `dumps`, or not."""
+  devices = chips.devices(topology)
   config = dict(config)
   if config.get('batch') == 'devices':
     config['batch'] = len(devices)
@@ -126,12 +142,15 @@ def plan(
       lowered = programs.train.lower(programs.shapes, _batch(task, feed))
     try:
       with _unkept():
-        compiled = lowered.compile()
+        if dumps is None:
+          known = laid.whole(lowered)
+        else:
+          known = laid.soon(lowered, dumps, room(mesh))
     except jax.errors.JaxRuntimeError as error:
-      needs, room = _exceeded(error)
-      found = {'held': {}, 'needs': needs, 'room': room, 'sent': 0, 'hidden': 0}
+      needs, has = _exceeded(error)
+      found = {'held': {}, 'needs': needs, 'room': has, 'sent': 0, 'hidden': 0}
     else:
-      found = _found(compiled, programs.shapes, mesh, chosen.rounds)
+      found = _found(known, programs.shapes, mesh, chosen.rounds)
   counts = [f'{n} x {" ".join(unit)}' for unit, n in _groups(model)]
   sizes = ', '.join(f'{k}={n}' for k, n in mesh.shape.items())
   weights = jax.tree.leaves(programs.shapes.params)
@@ -232,19 +251,18 @@ def _share(tree) -> int:
   )
 
 
-def _found(compiled, shapes: step.TrainState, mesh, rounds) -> dict[str, Any]:
-  memory = compiled.memory_analysis()
+def _found(
+  known: laid.Laid, shapes: step.TrainState, mesh, rounds
+) -> dict[str, Any]:
   held = {
     'parameters': _share((shapes.params, shapes.stats)),
     'optimiser': _share(shapes.opt_state),
   }
-  arguments = memory.argument_size_in_bytes
-  held['batch'] = max(arguments - sum(held.values()), 0)
-  held['program'] = memory.generated_code_size_in_bytes
-  # The state that is given is written over by the one that comes out.
-  news = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  held['temporaries'] = memory.temp_size_in_bytes + news
-  exchanges = traffic.exchanges(compiled.as_text(), unknown=rounds)
+  held['batch'] = max(known.arguments - sum(held.values()), 0)
+  if known.code is not None:
+    held['program'] = known.code
+  held['temporaries'] = known.temporaries
+  exchanges = traffic.exchanges(known.text, unknown=rounds)
   return {
     'held': held,
     'needs': sum(held.values()),

@@ -31,7 +31,6 @@ from experiments.planned import Plan
 from experiments.screen import Clock
 from jaxattn.analysis.table import markdown
 from jaxattn.train import log
-from pallas_kernels import chips
 
 PAGE = Path('docs/benchmarks/ring_attention.md')
 K = 1024
@@ -73,9 +72,8 @@ def found(topology: str, size: str, name: str, asked: int, clock) -> dict:
   config = long_context.get_config(f'ring,size={size}').to_dict()
   if name == 'blockwise':
     config = way(config, name)
-  devices = chips.devices(topology)
   clock.start(f'{size} on {topology}, {name}:')
-  fits, fails, seen = longest(config, devices, asked, clock)
+  fits, fails, seen = longest(config, topology, asked, clock)
   at = seen[asked] if seen[asked].fits else None
   keep = lambda x: x and _kept(x)
   return {'asked': keep(at), 'fits': keep(fits), 'fails': keep(fails)}

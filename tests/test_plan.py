@@ -49,14 +49,14 @@ def searched(monkeypatch, start, needs):
   """What `longest` finds where a row of n tokens needs needs(n) bytes."""
   seen = []
 
-  def fake(config, devices, length):
+  def fake(config, topology, length):
     made = dataclasses.replace(BLANK, length=length)
     made = dataclasses.replace(made, needs=int(needs(made.filled)))
     seen.append(length)
     return made
 
   monkeypatch.setattr(program, 'plan', fake)
-  fits, fails, found = program.longest({}, [None] * 4, start, Clock(console()))
+  fits, fails, found = program.longest({}, 'v5e', start, Clock(console()))
   assert list(found) == seen
   return fits, fails, seen
 
@@ -176,6 +176,11 @@ def test_words():
   assert '8 tokens a row fit, 12 do not' in told
   assert '1.00 GiB of 16.00 GiB: fits, 15.00 GiB are left' in told
   assert '4.00 GiB by each device, 25% behind other work' in told
+  assert 'program      1.00 GiB' in told
+  out = console()
+  early = {k: x for k, x in BLANK.held.items() if k != 'program'}
+  program.report(dataclasses.replace(made, held=early), out)
+  assert 'program      machine code was not waited for' in out.file.getvalue()
   out = console()
   advice = ('more devices: ...',)
   much = dataclasses.replace(BLANK, needs=20 * GIB, held={}, advice=advice)
@@ -213,7 +218,7 @@ class TestCompiled:
   def test_what_fits(self):
     config = long_context.get_config('quick,ring').to_dict()
     config['policy']['implementation'] = 'xla'  # compiles sooner
-    made = planned.plan(config, chips.devices('v5e'), 4096)
+    made = planned.plan(config, 'v5e', 4096)
     assert made.fits
     assert made.devices == 4
     assert made.room == int(15.75 * GIB)
@@ -232,7 +237,7 @@ class TestCompiled:
     least = 4 * (3 * 3 * 2 + 4 * 2) * heads / 2  # bfloat16 may be sent
     assert least < made.sent < 3 * least
     # A row of which devices cannot have equal parts is filled up to the same.
-    uneven = planned.plan(config, chips.devices('v5e'), 4093)
+    uneven = planned.plan(config, 'v5e', 4093)
     assert (made.unit, uneven.filled) == (4, 4096)
     assert uneven.needs == pytest.approx(made.needs, rel=0.05)
     assert len(uneven.strategies) == 1
@@ -281,7 +286,9 @@ class TestMillion:
     assert '256 x TPU v5 lite' in told
     assert '1,048,576 a row' in told
     held = re.search(r'in all +([\d.]+) GiB of 15.75 GiB: fits', told)
-    assert float(held[1]) < 7
+    assert float(held[1]) < 6
+    # Machine code would take longer than all else together.
+    assert 'machine code was not waited for' in told
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch):
