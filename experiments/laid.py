@@ -74,24 +74,27 @@ def soon(lowered, dumps: pathlib.Path, room: int) -> Laid:
 
 
 def read(dumps: pathlib.Path) -> Laid | None:
-  """What lies in a folder, of one program, if it is whole."""
-  one = lambda end: next(dumps.glob(f'*.after_optimizations{end}.txt'), None)
-  # This is written after the others.
-  if not one('-memory-usage-report'):
+  """What lies in a folder, of one program, if it is whole and understood."""
+  name = lambda end: dumps.glob(f'*.after_optimizations{end}.txt')
+  # The last of them is written after the others.
+  ends = '', '-buffer-assignment', '-memory-usage-report'
+  files = [next(name(end), None) for end in ends]
+  if not all(files):
     return None
-  text, memory = one(''), one('-buffer-assignment')
-  if not (text and memory):
-    return None
+  text, memory, report = (file.read_text() for file in files)
   arguments = temporaries = 0
-  line = r'allocation \d+: size (\d+), (?:color (\d+), )?(\w*)'
-  for size, color, kind in re.findall(f'^{line}', memory.read_text(), re.M):
-    if int(color or 0):  # memory of another kind
+  line = r'^allocation \d+: size (\d+),([^|\n]*)'
+  for size, kind in re.findall(line, memory, re.MULTILINE):
+    if re.search(r'\bcolor [1-9]', kind):  # memory of another kind
       continue
-    if kind == 'parameter':
+    if re.search(r'\bparameter \d', kind):
       arguments += int(size)
     else:
       temporaries += int(size)
-  return Laid(text.read_text(), arguments, temporaries, None)
+  total = re.search(r'\(color=0\)\s+Total bytes: (\d+)', report)
+  if not total or int(total[1]) != arguments + temporaries:
+    return None
+  return Laid(text, arguments, temporaries, None)
 
 
 @contextlib.contextmanager

@@ -52,11 +52,11 @@ A training step of `configs/long_context.py:ring,size=...` (AdamW, float32
 weights, moments and activations; weights and moments over all devices; each
 layer is computed again backward; feed-forward and loss 2,048 tokens at a time),
 one row a step, compiled for chips that are not there. Thousands are of {K}
-tokens. "GiB there" is what a device needs at the paper's length, of what the
-compiler lets it have. "Ours" is the longest that fits, of {STEPS} lengths in an
-octave. "Blockwise" keeps a row on one device, and as many rows as there are
-devices; the paper has 16 thousand for 7B on TPUv5e-256, where memory-efficient
-attention has 8 and plain attention 2.
+tokens. "GiB there" is what arrays take of a device at the paper's length, of
+what the compiler lets it have. "Ours" is the longest that fits, of {STEPS}
+lengths in an octave. "Blockwise" keeps a row on one device, and as many rows as
+there are devices; the paper has 16 thousand for 7B on TPUv5e-256, where
+memory-efficient attention has 8 and plain attention 2.
 
 TPUv3-512 and TPUv4-1024 count cores, of which a chip has two. On v3 a core is
 a device; a v4 chip is one device, so there are 512 of them. Models have the

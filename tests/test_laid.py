@@ -16,25 +16,33 @@ from jaxattn.analysis import traffic
 from pallas_kernels import chips
 
 ROOM = 32_000
+# As two versions of a compiler write it: the second has pages.
 MEMORY = """BufferAssignment:
-allocation 0: size 512, thread-local:
- value: <2 reduce_sum.346 @0> (size=512,offset=0): f32[]{:T(128)}
-allocation 1: size 6000, parameter 2, shape |f32[1500]| at ShapeIndex {}:
+allocation 0: size 512,{0} thread-local:
+ value: <2 reduce_sum.346 @0> (size=512,offset=0): f32[]{{:T(128)}}
+allocation 1: size 6000,{0} parameter 2, shape |f32[1500]| at ShapeIndex {{}}:
  value: <7419 param.193 @0> (size=6000,offset=0): f32[1500]
-allocation 2: size 8, output shape is |(s32[])|, maybe-live-out:
-allocation 3: size %d, preallocated-temp:
-allocation 4: size 9999999, color 1, preallocated-temp:
+allocation 2: size 8,{0} output shape is |(s32[])|, maybe-live-out:
+allocation 3: size {1},{0} preallocated-temp:
+allocation 4: size 9999999, color 1,{0} preallocated-temp:
+"""
+REPORT = """Memory Space: default (color=0)
+Total bytes: {0} (0.01GiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+Memory Space: vmem (color=1)
+Total bytes: 9999999 (0.01GiB)
 """
 
 
-def write(folder, temporaries, last=True):
+def write(folder, temporaries, last=True, page='', more=0):
   """What a compiler writes down; the last of it, or not yet."""
   name = folder / 'module_0000.jit_train.after_optimizations'
   of = lambda end: name.with_name(f'{name.name}{end}.txt')
   of('').write_text('HloModule jit_train')
-  of('-buffer-assignment').write_text(MEMORY % temporaries)
+  of('-buffer-assignment').write_text(MEMORY.format(page, temporaries))
   if last:
-    of('-memory-usage-report').write_text('')
+    report = REPORT.format(6520 + temporaries + more)
+    of('-memory-usage-report').write_text(report)
 
 
 class Slow:
@@ -68,11 +76,17 @@ def slow(monkeypatch):
   slow.go.set()
 
 
-def test_what_is_read(tmp_path):
+@pytest.mark.parametrize('page', ['', ' page 0,'])
+def test_what_is_read(tmp_path, page):
   write(tmp_path, 1000, last=False)
   assert laid.read(tmp_path) is None
-  write(tmp_path, 1000)
+  write(tmp_path, 1000, page=page)
   assert laid.read(tmp_path) == ('HloModule jit_train', 6000, 1520, None)
+
+
+def test_what_does_not_add_up_is_not_understood(tmp_path):
+  write(tmp_path, 1000, more=1)
+  assert laid.read(tmp_path) is None
 
 
 @pytest.mark.parametrize('temporaries', [1000, 40_000])
