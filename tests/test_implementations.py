@@ -1,5 +1,8 @@
 """`policy.implementation` reaches the kernels, and is never ignored."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from jaxattn import registry
 from jaxattn.mixer import Context
 from jaxattn.nn import Policy
 from pallas_kernels import flash
+from tests import devices
 
 NAMES = registry.names()
 FLASH = [n for n in NAMES if 'plain' in jaxattn.make(n).implementations]
@@ -78,3 +82,40 @@ def test_a_strategy_is_for_those_who_attend():
   """A model may mix them: 'ring' is for its layers of attention."""
   for name in ('multi_head', 'sigmoid', 'gated_linear', 's4d'):
     jaxattn.make(name, policy=Policy(strategy='ring'))
+
+
+ALONE = """
+import importlib.abc, importlib.metadata, sys
+JAX = {'jax', 'jaxlib', 'numpy', 'scipy', 'ml_dtypes', 'opt_einsum'}
+known = importlib.metadata.packages_distributions()
+
+class Nothing(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path, target=None):
+    top = name.partition('.')[0]
+    if top in known and top not in JAX and top != 'pallas_kernels':
+      raise ModuleNotFoundError(f'No module named {top!r}', name=top)
+
+sys.meta_path.insert(0, Nothing())
+import jax
+from pallas_kernels import flash
+from pallas_kernels.masks import Causal
+
+x = jax.numpy.ones((1, 5, 1, 64), 'float16')
+loss = lambda x: flash.attention(x, x, x, mask=Causal()).sum()
+print(jax.grad(loss)(x).sum())  # every value has a weight of 1 in all
+assert not {'absl', 'flax', 'jaxattn'} & set(sys.modules)
+flash.attention(x, x, x, implementation='gpu')
+"""
+
+
+def test_kernels_need_nothing_but_jax():
+  """JAX's own part for GPUs wants absl, which it does not install."""
+  ran = subprocess.run(
+    [sys.executable, '-c', ALONE],
+    cwd=devices.ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert ran.stdout.strip() == '320.0', ran.stderr
+  assert 'pip install absl-py. Leave implementation out' in ran.stderr

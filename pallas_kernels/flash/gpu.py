@@ -38,7 +38,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import masks, runs
 from pallas_kernels.blocks import Tile, chip
@@ -60,6 +59,13 @@ from pallas_kernels.problem import (
   unfit,
 )
 
+try:
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+except ModuleNotFoundError as missing:  # they import absl, JAX installs none
+  if missing.name != 'absl':
+    raise
+  plgpu = None
+
 LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
 LOG2E = math.log2(math.e)
 COMPUTE = 2  # warpgroups that do; one more fetches
@@ -75,6 +81,8 @@ HOPPER = re.compile(r'\b(H100|H200|H800|H20|GH200)\b')
 def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
   """Why this backend cannot serve a call, or None; arguments as of `attend`."""
   d, e = q.shape[3], v.shape[3]
+  if plgpu is None:
+    return "JAX's part for GPUs imports absl: pip install absl-py"
   if chip() != 'cpu' and not HOPPER.search(chip()):
     return f'it is for Hopper GPUs, as an H100 or H200, not {chip()}'
   if why := unfit(q, k, v, ('bfloat16', 'float16')):
@@ -208,15 +216,13 @@ def iota(shape, axis):
   )
 
 
-WITH_INDEX = 'idx' in inspect.signature(plgpu.load).parameters  # jax 0.10
-
-
 def load(ref, axes):
   """From far memory, in pieces: what lies along these axes of a tile."""
   layout = plgpu.Layout.WGMMA
   for axis in {0, 1} - set(axes):
     layout = layout.reduce(axis)
-  index = ((),) if WITH_INDEX else ()
+  with_index = 'idx' in inspect.signature(plgpu.load).parameters  # jax 0.10
+  index = ((),) if with_index else ()
   return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
