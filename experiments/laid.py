@@ -24,6 +24,10 @@ EVERY = 0.2  # seconds between two looks
 CODE = 1 / 32
 
 
+class Ended(RuntimeError):
+  """A process ended before it said anything."""
+
+
 class Laid(NamedTuple):
   """A program whose memory is laid out. Bytes are those of one device.
 
@@ -122,7 +126,7 @@ def apart(function, *args, name: str):
 
   Raises:
     Exception: what the function raises.
-    RuntimeError: the process ended, and said nothing.
+    Ended: the process did, and said nothing.
   """
   context = multiprocessing.get_context('spawn')
   ours, theirs = context.Pipe(duplex=False)
@@ -139,7 +143,7 @@ def apart(function, *args, name: str):
       found, error = ours.recv()
     except EOFError:
       process.join()
-      raise RuntimeError(
+      raise Ended(
         f'the compiler ended, with status {process.exitcode}, before it said'
         ' anything: there may be too little memory on this machine'
       ) from None

@@ -42,6 +42,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments import laid
 from experiments.planned import Plan, amount, plan
 from experiments.screen import Clock
 from experiments.train import parsed
@@ -255,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
           plans[name] = str(error)
   except KeyboardInterrupt:
     sys.exit(130)
-  except (ValueError, NotImplementedError, ModuleNotFoundError) as error:
+  except (*laid.PLAIN, laid.Ended) as error:
     sys.exit(f'error: {error}')
   if options.compare:
     compared(plans, console)

@@ -111,6 +111,7 @@ def plan(config: Mapping[str, Any], topology: str, length: int) -> Plan:
   Raises:
     ValueError, NotImplementedError: what cannot work, with the reason.
     ModuleNotFoundError: there is no compiler for those chips.
+    laid.Ended: it ended, and said nothing.
   """
   if topology.partition(':')[0] in chips.GPUS:  # whose compiler is quick
     return here(config, topology, length)

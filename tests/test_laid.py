@@ -158,7 +158,7 @@ def test_a_function_runs_apart(monkeypatch):
     laid.apart(refuses, name='jit_f')
   with pytest.raises(RuntimeError, match='ZeroDivisionError'):
     laid.apart(breaks, name='jit_f')
-  with pytest.raises(RuntimeError, match='status 7, before it said anything'):
+  with pytest.raises(laid.Ended, match='status 7, before it said anything'):
     laid.apart(dies, name='jit_f')
 
 

@@ -5,13 +5,15 @@ import io
 import re
 import subprocess
 import sys
+import types
+from unittest import mock
 
 import pytest
 from rich.console import Console
 
 from configs import long_context
+from experiments import laid, planned
 from experiments import plan as program
-from experiments import planned
 from experiments.planned import Plan
 from experiments.screen import Clock
 from pallas_kernels import chips
@@ -287,6 +289,7 @@ class TestMillion:
     assert '1,048,576 a row' in told
     held = re.search(r'in all +([\d.]+) GiB of 15.75 GiB: fits', told)
     assert float(held[1]) < 6
+    assert int(re.search(r'known after +(\d+) s', told)[1]) < 60
     # Machine code would take longer than all else together.
     assert 'machine code was not waited for' in told
 
@@ -297,3 +300,22 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch):
   with pytest.raises(ModuleNotFoundError, match='libtpu is not installed'):
     chips.devices('v5e')
   chips.devices.cache_clear()
+
+
+def test_a_compiler_that_dies_is_explained(monkeypatch):
+  def dies(*_):
+    raise laid.Ended('the compiler ended, with status -9')
+
+  options = mock.MagicMock(
+    config=long_context.get_config('quick,ring'),
+    topology='v5e',
+    length=None,
+    longest=False,
+    compare=[],
+  )
+  monkeypatch.setattr(program.flags, 'FLAGS', options)
+  monkeypatch.setattr(program, 'plan', dies)
+  device = types.SimpleNamespace(device_kind='TPU v5 lite')
+  monkeypatch.setattr(chips, 'devices', lambda _: [device])
+  with pytest.raises(SystemExit, match='error: the compiler ended'):
+    program.main(['plan'])
