@@ -9,7 +9,7 @@ weights over all devices and layers computed again backward? That is a claim
 about memory, so a compiler can check it: each step is compiled for its chips,
 at the paper's length and at the longest that fits.
 
-Takes about an hour on two CPU cores; what is found is kept in --runs, and the
+Takes half an hour on two CPU cores; what is found is kept in --runs, and the
 same command goes on from there. Writes docs/benchmarks/ring_attention.md.
 """
 
