@@ -116,6 +116,7 @@ def get_config(arg: str | None = None) -> config_dict.ConfigDict:
       },
       'accumulate': 1,
       'mesh': {'data': -1, 'seq': 1, 'model': 1, 'axis_types': 'explicit'},
+      'layout': config_dict.placeholder(str),
       'log_every': max(steps // 40, 1),
       'eval_every': max(steps // 10, 1),
       'eval_batches': 8,

@@ -9,6 +9,7 @@ compiles every cell; tests compile some of them (`tests/test_flash_aot.py`).
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import re
 
@@ -23,7 +24,15 @@ from pallas_kernels import chips
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import tpu
-from pallas_kernels.masks import Causal, Everything, Sinks, Window
+from pallas_kernels.masks import (
+  BlockCausal,
+  Causal,
+  Everything,
+  Mask,
+  Prefix,
+  Sinks,
+  Window,
+)
 from pallas_kernels.problem import problem
 from pallas_kernels.scores import (
   Buckets,
@@ -41,8 +50,19 @@ def heads(*shape):
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Even(Mask):
+  """A user's own, which says of no tile that it is empty or full."""
+
+  def __call__(self, query, key):
+    return (key.order % 2 == 0) & (key.order <= query.order)
+
+
 FEATURES = {
   'window and sinks': {'mask': Causal() & (Window(300) | Sinks(4))},
+  'window on both sides': {'mask': Window(40, 30)},
+  'block causal': {'mask': BlockCausal(50)},
+  'own mask': {'mask': Even()},
   'everything': {'mask': Everything()},
   'segments': {'segments': True, 'b': 2},
   'lengths': {'t': 1000, 's': 700},
@@ -66,6 +86,17 @@ SIZES = {
   for d in (64, 128, 256)
   for dtype in (jnp.bfloat16, jnp.float32)
 } | {f'{t:,} tokens': {'t': t, 'h': 1} for t in (2**13, 2**17, 2**20)}
+SIZES['all at once, 256 wide, float32'] = {
+  **dict(t=4096, b=2, d=256, dtype=jnp.float32),
+  'mask': Causal() & (Window(300) | Sinks(4)) | Prefix(),
+  'key_tags': ('prefix',),
+  'segments': True,
+  'softcap': 30.0,
+  'score': Score(Slopes(), (heads(2),)),
+  'factor': Score(RelativeFactor(), (heads(2, 33),)),
+  'bias': True,
+  'dropout': Dropout(0.1, seed=3),
+}
 CELLS = FEATURES | {
   name: {**given, 'blocks': None} for name, given in SIZES.items()
 }
@@ -83,6 +114,7 @@ def compiled(
   dtype=jnp.bfloat16,
   mask=None,
   segments=False,
+  key_tags=(),
   score=None,
   factor=None,
   bias=False,
@@ -97,6 +129,7 @@ def compiled(
     dtype: of q, k and v.
     mask: who sees whom; None is causal.
     segments: several documents a row.
+    key_tags: the names of tags of keys.
     score, factor: with shapes for operands.
     bias: dense, and with a gradient.
     blocks: None for those that are chosen.
@@ -111,9 +144,10 @@ def compiled(
   bias = shape(1, h, t, s) if bias else None
   ints = shape(b, t, dtype=jnp.int32), shape(b, s, dtype=jnp.int32)
   sides = ints if segments else (None, None)
+  tags = dict.fromkeys(key_tags, ints[1])
 
-  def loss(q, k, v, score, factor, bias, sides):
-    query, key = ((None, segments, None) for segments in sides)
+  def loss(q, k, v, score, factor, bias, sides, tags):
+    query, key = (None, sides[0], None), (None, sides[1], tags)
     rule, extras, query, key = problem(
       *(q, k, v),
       mask=mask,
@@ -125,13 +159,13 @@ def compiled(
       blocks=blocks,
       **given,
     )
-    if why := tpu.refuses(rule, q, k, v, extras, query):
+    if why := tpu.refuses(rule, q, k, v, extras, query, key):
       raise NotImplementedError(why)
     o, m, total = tpu.attend(rule, q, k, v, extras, query, key)
     return jnp.sum(o.astype(jnp.float32)) + jnp.sum(total), m
 
   gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4, 5), has_aux=True))
-  shapes = chips.on(chip, (*arrays, score, factor, bias, sides))
+  shapes = chips.on(chip, (*arrays, score, factor, bias, sides, tags))
   with jax.set_mesh(chips.mesh(chip)):
     return gradient.lower(*shapes).compile()
 

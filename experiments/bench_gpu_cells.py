@@ -170,7 +170,7 @@ def dense(rule, q, k, v, extras: Extras, query, key):
 
 def kernels(rule, q, k, v, extras, query, key):
   """o and lse by the kernels, if they do not refuse."""
-  why = gpu.refuses(rule, q, k, v, extras, query)
+  why = gpu.refuses(rule, q, k, v, extras, query, key)
   if why:
     raise NotImplementedError(why)
   o, m, total = gpu.attend(rule, q, k, v, extras, query, key)

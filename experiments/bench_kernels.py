@@ -32,6 +32,8 @@ TILES = {  # queries x keys, the chosen ones among them
 }
 PART = 512  # keys of a tile that splash computes at a time
 HEADS, LENGTH, WIDTH = 8, 32768, 128
+OTHERS = (64, 256)  # widths of which the page has the chosen tiles alone
+DKV, DQ = 'backward, dk and dv', 'backward, dq'  # of flash, each a kernel
 MXU, VALU, FILL, SPILL = 0, 2, 6, 8  # columns of the table of units
 KERNELS = {  # what they are called, and in the names of the compiler's files
   ('ours', 'forward'): 'flash_forward',
@@ -39,6 +41,8 @@ KERNELS = {  # what they are called, and in the names of the compiler's files
   ('splash', 'forward'): 'splash_mha_fwd_residuals',
   ('splash', 'backward'): 'splash_mha_dkv',
   ('flash', 'forward'): 'flash_attention',
+  ('flash', DKV): 'flash_mha_bwd_dkv',
+  ('flash', DQ): 'flash_mha_bwd_dq',
 }
 
 
@@ -147,20 +151,21 @@ def steady(
 # ------------------------------------------------------------- what is compiled
 
 
-def program(whose: str, direction: str, q: int, k: int):
+def program(whose: str, direction: str, q: int, k: int, width: int):
   """A function and the shapes of its arguments; causal, in bfloat16."""
   import jax
   import jax.numpy as jnp
 
   shape = lambda *x: jax.ShapeDtypeStruct(x, jnp.bfloat16)
+  heads = HEADS * WIDTH // width  # so that what fits in HBM fits with others
   if whose == 'ours':
-    attend, shapes = _ours(q, k), [shape(1, LENGTH, HEADS, WIDTH)] * 3
+    attend, shapes = _ours(q, k), [shape(1, LENGTH, heads, width)] * 3
   elif whose == 'splash':
-    attend = _splash(q, k, direction == 'forward')
-    shapes = [shape(HEADS, LENGTH, WIDTH)] * 3
+    attend = _splash(heads, q, k, direction == 'forward')
+    shapes = [shape(heads, LENGTH, width)] * 3
   else:
     attend = _flash(q, k)
-    shapes = [shape(1, HEADS, LENGTH, WIDTH)] * 3
+    shapes = [shape(1, heads, LENGTH, width)] * 3
   if direction == 'forward':
     return attend, shapes
 
@@ -187,7 +192,7 @@ def _ours(q, k):
   return attend
 
 
-def _splash(q, k, residuals):
+def _splash(heads, q, k, residuals):
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   blocks = splash.BlockSizes(
@@ -201,7 +206,7 @@ def _splash(q, k, residuals):
   )
   mask = splash.CausalMask((LENGTH, LENGTH))
   kernel = splash.make_splash_mha(
-    splash.MultiHeadMask([mask] * HEADS),
+    splash.MultiHeadMask([mask] * heads),
     head_shards=1,
     q_seq_shards=1,
     block_sizes=blocks,
@@ -213,7 +218,12 @@ def _splash(q, k, residuals):
 def _flash(q, k):
   from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-  blocks = flash.BlockSizes(block_q=q, block_k_major=k, block_k=k, block_b=1)
+  blocks = flash.BlockSizes(
+    **dict(block_q=q, block_k_major=k, block_k=k, block_b=1),
+    **dict(block_q_major_dkv=q, block_k_major_dkv=k),
+    **dict(block_q_dkv=q, block_k_dkv=k),
+    **dict(block_q_dq=q, block_k_major_dq=k, block_k_dq=k),
+  )
 
   def attend(*inputs):
     return flash.flash_attention(*inputs, causal=True, block_sizes=blocks)
@@ -226,7 +236,7 @@ def compile_one(cell: Sequence[str], folder: str) -> None:
   import os
   import time
 
-  whose, direction, chip, q, k = cell
+  whose, direction, chip, *sizes = cell
   os.environ['JAX_PLATFORMS'] = 'cpu'
   flags = f'--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true'
   os.environ['LIBTPU_INIT_ARGS'] = flags
@@ -234,7 +244,7 @@ def compile_one(cell: Sequence[str], folder: str) -> None:
 
   from pallas_kernels import chips
 
-  attend, shapes = program(whose, direction, int(q), int(k))
+  attend, shapes = program(whose, direction, *map(int, sizes))
   with jax.set_mesh(chips.mesh(chip)):
     lowered = jax.jit(attend).lower(*chips.on(chip, shapes))
   began = time.perf_counter()
@@ -245,8 +255,9 @@ def compile_one(cell: Sequence[str], folder: str) -> None:
   print(json.dumps(dataclasses.asdict(found)))
 
 
-def schedule(cell: Sequence[str]) -> Schedule:
-  """Of whose kernel, which direction, chip, queries and keys in a tile."""
+def schedule(cell: Sequence[str | int]) -> Schedule:
+  """Of whose kernel, direction, chip, queries and keys in a tile, and width."""
+  cell = list(map(str, cell))
   with tempfile.TemporaryDirectory() as folder:
     command = [sys.executable, '-m', 'experiments.bench_kernels', *cell]
     done = subprocess.run(
@@ -257,29 +268,49 @@ def schedule(cell: Sequence[str]) -> Schedule:
   return Schedule(**json.loads(done.stdout.splitlines()[-1]))
 
 
+def chosen(direction: str, chip: str, width: int) -> tuple[int, int]:
+  """Queries and keys in the tile that a chip gets, in bfloat16."""
+  import jax
+
+  from pallas_kernels import blocks, chips
+
+  with jax.set_mesh(chips.mesh(chip)):
+    tile = blocks.tile(blocks.Blocks(), direction, LENGTH, LENGTH, 2 * width)
+  return tile.q, tile.k
+
+
 def static(args: argparse.Namespace) -> list[str]:
   """The page: a title, and paragraphs."""
   del args
   from jaxattn.analysis.table import markdown
 
-  cells = [
-    (whose, direction, chip, *map(str, tile))
+  tiles = [
+    (direction, chip, *tile, WIDTH)
     for chip in CHIPS
     for direction, tiles in TILES.items()
     for tile in tiles
-    for whose in ('ours', 'splash')
-  ] + [('flash', 'forward', chip, '128', '128') for chip in CHIPS]
+  ] + [
+    (direction, chip, *chosen(direction, chip, width), width)
+    for width in OTHERS
+    for chip in CHIPS
+    for direction in TILES
+  ]
+  cells = [(whose, *tile) for tile in tiles for whose in ('ours', 'splash')] + [
+    ('flash', direction, chip, 128, 128, WIDTH)
+    for chip in CHIPS
+    for direction in ('forward', DKV, DQ)
+  ]
   found = {
     cell: schedule(cell)
     for cell in track(cells, 'compiling', console=Console(stderr=True))
   }
   rows = []
   for cell, one in found.items():
-    whose, direction, chip, q, k = cell
+    whose, direction, chip, q, k, width = cell
     rival = found.get(('splash', *cell[1:]))
     rows.append(
       [
-        *(chip, direction, f'{q} x {k}', whose),
+        *(chip, direction, str(width), f'{q} x {k}', whose),
         *(f'{one.tile:,}', f'{one.step:,}'),
         '-' if one.masked is None else f'{one.masked:,}',
         f'{one.step / rival.step:.2f}' if rival else '-',
@@ -289,25 +320,28 @@ def static(args: argparse.Namespace) -> list[str]:
       ]
     )
   head = [
-    *('chip', 'direction', 'queries x keys', 'whose'),
+    *('chip', 'direction', 'width', 'queries x keys', 'whose'),
     *('bundles, tile', 'step', 'tile masked', 'step over splash'),
     *('MXU slots', 'fills', 'spills', 'spills masked', 'seconds to compile'),
   ]
   libtpu = importlib.metadata.version('libtpu')
   return [
     '# Static schedules of attention on TPUs',
-    f'Causal, {HEADS} heads of width {WIDTH}, {LENGTH:,} tokens, bfloat16, '
-    f'compiled by libtpu {libtpu}; nothing is run.',
+    f'Causal, {LENGTH:,} tokens, bfloat16, compiled by libtpu {libtpu}; '
+    f'nothing is run. There are {HEADS} heads of width {WIDTH}, in several '
+    'tiles with the chosen ones among them, and fewer that are wider, or more '
+    'that are narrower, in the chosen ones.',
     'A tile is the part of a grid step that computes one; a step is that and '
     'what every step does besides, such as starting copies. Ours computes '
     'tiles that lie wholly under the diagonal without a mask, and the others '
     'by a program of their own ("masked"); splash masks all. Splash saves '
     f'residuals forward, computes {PART} keys at a time, and its backward is '
-    "the fused one; `flash` is jax's, with its default blocks. MXU slots are "
-    'those that a step fills: no more of the peak can be reached. A bundle '
-    'takes a cycle or, where it waits for the matrix units or for memory, '
-    'more. A spill is a register written to memory for want of room, a fill is '
-    'one read back. Seconds to compile include writing the schedules down.',
+    "the fused one; `flash` is jax's, with its default blocks, and has two "
+    'kernels backward, which both compute all weights. MXU slots are those '
+    'that a step fills: no more of the peak can be reached. A bundle takes a '
+    'cycle or, where it waits for the matrix units or for memory, more. A '
+    'spill is a register written to memory for want of room, a fill is one '
+    'read back. Seconds to compile include writing the schedules down.',
     markdown(head, rows),
   ]
 

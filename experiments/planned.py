@@ -18,7 +18,7 @@ from experiments import laid
 from jaxattn.analysis import traffic
 from jaxattn.models import pattern
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import place, prefix, sequence, stripe
+from jaxattn.parallel import place, strategy, stripe
 from jaxattn.parallel.place import amount
 from jaxattn.tasks.batch import Batch
 from jaxattn.train import build, optimizer, step
@@ -198,31 +198,33 @@ class _Chosen(logging.Handler):
 
   def __init__(self):
     super().__init__(logging.INFO)
-    self.strategies: dict[sequence.Strategy, None] = {}  # in their order
+    self.strategies: dict[strategy.Strategy, None] = {}  # in their order
 
   def emit(self, record):
-    _, strategy = record.args
-    self.strategies[strategy] = None
+    *_, chosen = record.args
+    self.strategies[chosen] = None
 
   @property
   def rounds(self) -> int:
     """How often a loop goes round at most whose length data decide."""
     # Of a hybrid's hops the first and the last are exchanges of heads.
-    hops = [x.hops - 2 * (x.name == 'hybrid') for x in self.strategies]
+    others = {'ring': 0, 'hybrid': 2}
+    hops = [
+      x.hops - others[x.name] for x in self.strategies if x.name in others
+    ]
     return max(hops, default=1)
 
   def __enter__(self):
-    sequence.choose.cache_clear()  # each choice is said once
-    prefix.passes.cache_clear()
-    self.before = sequence.log.level, sequence.log.propagate
-    sequence.log.setLevel(logging.INFO)
-    sequence.log.propagate = False
-    sequence.log.addHandler(self)
+    strategy.say.cache_clear()  # each choice is said once
+    self.before = strategy.log.level, strategy.log.propagate
+    strategy.log.setLevel(logging.INFO)
+    strategy.log.propagate = False
+    strategy.log.addHandler(self)
     return self
 
   def __exit__(self, *_):
-    sequence.log.removeHandler(self)
-    sequence.log.level, sequence.log.propagate = self.before
+    strategy.log.removeHandler(self)
+    strategy.log.level, strategy.log.propagate = self.before
 
 
 def _batch(task, feed: step.Feed) -> Batch:
@@ -317,7 +319,7 @@ def _advice(config, made: Plan, shapes, mesh) -> tuple[str, ...]:
       ' time'
     )
   if mesh.shape[meshes.SEQ] == 1 and made.devices > 1:
-    found.append('--config.mesh.seq=-1: a row is spread over the devices')
+    found.append(f'{_spread(config, mesh)}: a row is spread over the devices')
   if any(text.startswith('gather') for text in made.strategies):
     found.append('--config.policy.strategy=ring: holds keys of one device more')
   if made.batch > config['accumulate'] * mesh.shape[meshes.DATA]:
@@ -348,3 +350,19 @@ def _advice(config, made: Plan, shapes, mesh) -> tuple[str, ...]:
       fits = fits // made.devices * made.devices
       found.append(f'--length={fits}: about what would fit (see --longest)')
   return tuple(found)
+
+
+def _spread(config, mesh) -> str:
+  """Flags of a mesh whose devices share rows, as far as heads leave any."""
+  alone = mesh.shape[meshes.DATA] == 1
+  sizes = {
+    meshes.DATA: 1,
+    meshes.SEQ: -1,  # one axis alone may take the rest
+    meshes.MODEL: 1 if alone else mesh.shape[meshes.MODEL],
+  }
+  flags = (
+    f'--config.mesh.{axis}={size}'
+    for axis, size in sizes.items()
+    if size != config['mesh'][axis]
+  )
+  return ' '.join(flags)

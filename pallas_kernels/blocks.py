@@ -21,8 +21,10 @@ class Blocks:
 
   def __post_init__(self):
     for name, size in dataclasses.asdict(self).items():
-      if size is not None and size < 1:
-        raise ValueError(f'blocks: {name} must be at least 1, not {size}')
+      if size is not None and (size < 1 or size != int(size)):
+        raise ValueError(
+          f'blocks: {name} must be a whole number of at least 1, not {size}'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +55,15 @@ class Tile:
   Attributes:
     q, k: queries and keys in the tile.
     clear: parts of tiles that need no mask.
-    masked: parts of those that do, if others: a mask takes registers.
+    masked: parts of those that do, if others.
+    wide: parts of both where rows are wider than 128 in bfloat16, if others.
   """
 
   q: int
   k: int
   clear: Parts | None = None
   masked: Parts | None = None
+  wide: Parts | None = None
 
 
 # Found by static schedules, see docs/benchmarks/flash_tpu.md: of those that
@@ -67,24 +71,24 @@ class Tile:
 # have those of the same matrix units.
 TPU = {
   'TPU v4': {
-    'forward': Tile(2048, 512, Parts(128, 128)),
-    'backward': Tile(1024, 512, Parts(512, 256)),
+    'forward': Tile(2048, 512, Parts(64, 128), Parts(128, 128)),
+    'backward': Tile(1024, 512, Parts(512, 256), wide=Parts(256, 128)),
   },
   'TPU v5 lite': {  # v5e
-    'forward': Tile(2048, 512, Parts(128, 128)),
-    'backward': Tile(1024, 512, Parts(512, 256)),
+    'forward': Tile(2048, 512, Parts(64, 128), Parts(128, 128)),
+    'backward': Tile(1024, 512, Parts(512, 256), wide=Parts(256, 128)),
   },
   'TPU v5': {  # v5p
-    'forward': Tile(2048, 512, Parts(128, 128)),
-    'backward': Tile(1024, 512, Parts(512, 256)),
+    'forward': Tile(2048, 512, Parts(64, 128), Parts(128, 128)),
+    'backward': Tile(1024, 512, Parts(512, 256), wide=Parts(256, 128)),
   },
   'TPU v6 lite': {  # v6e
     'forward': Tile(2048, 512, Parts(128, 256, 512), Parts(96, 256, 512)),
-    'backward': Tile(1024, 512, Parts(256, 256)),
+    'backward': Tile(1024, 512, Parts(256, 256), wide=Parts(128, 256)),
   },
   'TPU7x': {
     'forward': Tile(2048, 512, Parts(128, 256, 512), Parts(96, 256, 512)),
-    'backward': Tile(1024, 512, Parts(512, 256)),
+    'backward': Tile(1024, 512, Parts(512, 256), wide=Parts(128, 256)),
   },
 }
 OTHERS = 'TPU v5'  # whose blocks are taken where the chip is not known
@@ -119,7 +123,8 @@ def tile(
     return min(most, whole(-(-length // -(-length // most))))
 
   # Half of a tile on the diagonal is in vain: it should not be half of all.
-  wide = min(best.q, max(1024, t // 4))
-  q, k = side(blocks.q, t, wide), side(blocks.k, s, best.k)
-  masked = best.masked or best.clear
-  return Tile(q, k, best.clear.within(q, k), masked.within(q, k))
+  most = min(best.q, max(1024, t // 4))
+  q, k = side(blocks.q, t, most), side(blocks.k, s, best.k)
+  wide = best.wide if less > 1 else None
+  clear, masked = wide or best.clear, wide or best.masked or best.clear
+  return Tile(q, k, clear.within(q, k), masked.within(q, k))

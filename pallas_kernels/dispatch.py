@@ -10,6 +10,11 @@ import functools
 import logging
 from collections.abc import Callable
 
+import jax
+from jax.experimental import pallas as pl
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
 log = logging.getLogger(__name__)
 
 
@@ -61,3 +66,40 @@ def choose(
 def _say(kernel, name, passed_over):
   why = ''.join(f'; not {other}: {reason}' for other, reason in passed_over)
   log.info('%s runs as %r%s', kernel, name, why)
+
+
+def bound(kernel: str, name: str, platform: str) -> Callable:
+  """For programs to say where they run: x -> x.
+
+  A program that holds it and is made for another platform raises
+  `NotImplementedError`, with what to do. It has no derivative.
+
+  Args:
+    kernel, name: what is implemented, and the implementation.
+    platform: as JAX calls it, 'tpu' or 'cuda'.
+  """
+
+  def refuse(context, _):
+    others = ', '.join(context.module_context.platforms)
+    raise NotImplementedError(
+      f'{kernel}, implementation={name!r}: it is for {platform}, and this'
+      f' program is for {others}. Leave implementation out, and one that can'
+      " will be chosen; to try a kernel elsewhere, see JAX's"
+      ' force_tpu_interpret_mode'
+    )
+
+  here = Primitive(f'for_{platform}')
+  here.def_impl(jax.jit(here.bind))
+  here.def_abstract_eval(lambda x: x)
+  batching.defvectorized(here)
+  mlir.register_lowering(here, refuse)
+  mlir.register_lowering(here, lambda _, x: [x], platform=platform)
+  return lambda x: x if interpreted(x) else here.bind(x)
+
+
+def interpreted(x: jax.Array) -> bool:
+  """Whether a kernel of x would be, as `force_tpu_interpret_mode` has it."""
+  like = jax.typeof(x).manual_axis_type  # shard_map wants to know
+  nothing = jax.ShapeDtypeStruct((8, 128), x.dtype, manual_axis_type=like)
+  program = jax.make_jaxpr(pl.pallas_call(lambda _: None, out_shape=nothing))()
+  return any(bool(one.params.get('interpret')) for one in program.eqns)

@@ -174,6 +174,15 @@ class Window(Mask):
   left: int
   right: int | None = None
 
+  def __post_init__(self):
+    for name in ('left', 'right'):
+      size = getattr(self, name)
+      if size is not None and not 1 <= size < 2**31:
+        raise ValueError(
+          f'Window: {name}={size} must be at least 1, which is the query'
+          ' itself, and fit into 32 bits'
+        )
+
   def __call__(self, query, key):
     seen = query.order - key.order < self.left
     if self.right is not None:
@@ -205,6 +214,10 @@ class Sinks(Mask):
   """
 
   n: int
+
+  def __post_init__(self):
+    if self.n < 0:
+      raise ValueError(f'Sinks: n={self.n} must be at least 0')
 
   def __call__(self, query, key):
     shape = jnp.broadcast_shapes(query.order.shape, key.order.shape)
@@ -250,11 +263,11 @@ class Prefix(Mask):
     if self.tag not in (key.tags or {}):
       raise ValueError(
         f'Prefix reads the tag {self.tag!r} of keys, of which there are'
-        f' {sorted(key.tags or {})}: give key_tags'
+        f' {sorted(key.tags or {})}: give key_tags={{{self.tag!r}: ...}}'
       )
     tagged = key.tags[self.tag] != 0
-    shape = jnp.broadcast_shapes(query.order.shape, key.order.shape)
-    return jnp.broadcast_to(tagged, shape)
+    orders = query.order.shape, key.order.shape
+    return jnp.broadcast_to(tagged, jnp.broadcast_shapes(*orders, tagged.shape))
 
   def empty(self, query, key):
     if self.tag not in (key.tags_min or {}):
@@ -271,14 +284,14 @@ class Tokens(NamedTuple):
   """All that decides who sees whom: tokens in different segments never do."""
 
   side: Side
-  segments: jax.Array | None = None  # 0 is padding; None: all are in segment 1
+  segments: jax.Array | None = None  # below 1: padding; None: all are in 1
 
 
 def sees(mask: Mask, query: Tokens, key: Tokens) -> ArrayLike:
   """True where the query sees the key; their arrays broadcast, as in Side."""
   seen = mask(query.side, key.side)
   if key.segments is not None:
-    seen &= (query.segments == key.segments) & (key.segments != 0)
+    seen &= (query.segments == key.segments) & (key.segments > 0)
   return seen
 
 
@@ -296,7 +309,7 @@ def extent(tokens: Tokens) -> Extent:
   (order, tags), segments = tokens
   if segments is None:
     segments = jnp.ones_like(order)
-  bound, counted = jnp.iinfo(jnp.int32), segments != 0
+  bound, counted = jnp.iinfo(jnp.int32), segments > 0
   least = functools.partial(jnp.min, axis=-1, initial=bound.max, where=counted)
   most = functools.partial(jnp.max, axis=-1, initial=bound.min, where=counted)
   first, last = least(segments), most(segments)

@@ -17,7 +17,7 @@ contribute adds up, on one device or round a ring of them.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from pallas_kernels import dispatch
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.masks import Mask, Side, Tokens
@@ -190,9 +191,8 @@ def problem(
       raise TypeError(f'{name} must be a {kind.__name__}, not {given!r}')
   _check_static('mask', mask)
   for name, x in (('q', q), ('k', k), ('v', v), ('bias', bias)):
-    if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-      hint = ': who sees whom is for a mask to say' if name == 'bias' else ''
-      raise TypeError(f'{name} must be of a float type, not {x.dtype}{hint}')
+    if x is not None:
+      check_floats(name, x)
   if not (
     q.ndim == k.ndim == v.ndim == 4
     and q.shape[0] == k.shape[0]
@@ -212,7 +212,10 @@ def problem(
   query, key = _tokens('query', q, *query), _tokens('key', k, *key)
   if (query.segments is None) != (key.segments is None):
     query, key = one_segment(query), one_segment(key)
-  scores = [] if softcap is None else [Score(SoftCap(float(softcap)))]
+  scale = 1 / math.sqrt(d) if scale is None else _number('scale', scale)
+  scores = []
+  if softcap is not None:
+    scores.append(Score(SoftCap(_number('softcap', softcap))))
   scores += [] if score is None else [score]
   weights = [] if factor is None else [factor]
   if dropout is not None and dropout.rate:
@@ -234,7 +237,7 @@ def problem(
       )
   rule = Rule(
     mask=mask,
-    scale=1 / math.sqrt(d) if scale is None else float(scale),
+    scale=scale,
     scores=tuple(one.fn for one in scores),
     weights=tuple(one.fn for one in weights),
     dtype=np.dtype(accumulator(q) if wide else q.dtype),
@@ -247,6 +250,31 @@ def problem(
   return rule, extras, query, key
 
 
+def check_floats(name, x):
+  """Raises a TypeError if x is no array of floats."""
+  if not hasattr(x, 'dtype'):
+    raise TypeError(f'{name} must be an array, not a {type(x).__name__}')
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    hint = ': who sees whom is for a mask to say' if name == 'bias' else ''
+    raise TypeError(f'{name} must be of a float type, not {x.dtype}{hint}')
+
+
+# Where a number that is learned goes, for what is static has no gradient.
+LEARNED = {
+  'scale': 'multiply q by it',
+  'softcap': 'write a Score of which it is an operand',
+}
+
+
+def _number(name, x) -> float:
+  try:
+    return float(x)
+  except jax.errors.ConcretizationTypeError:
+    raise TypeError(
+      f'{name} must be a Python number, and is traced: {LEARNED[name]} instead'
+    ) from None
+
+
 def _check_static(what, fn):
   """What is static is compared by its fields, and so must have no others."""
   try:
@@ -255,6 +283,14 @@ def _check_static(what, fn):
     raise TypeError(
       f'the {what} {fn!r} must be hashable: let its fields be Python scalars'
     ) from error
+  kept = [cell.cell_contents for cell in getattr(fn, '__closure__', None) or ()]
+  if isinstance(fn, functools.partial):
+    kept += [fn.args, fn.keywords]
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(kept)):
+    raise TypeError(
+      f'the {what} {fn!r} closes over an array that is traced, whose gradient'
+      ' would be lost: let it be one of the operands of the Score'
+    )
   if dataclasses.is_dataclass(fn):
     fields = {field.name for field in dataclasses.fields(fn)}
     if others := sorted(set(vars(fn)) - fields):
@@ -317,6 +353,11 @@ def _tokens(name, x, order, segments, tags):
       )
     return values
 
+  if tags is not None and not isinstance(tags, Mapping):
+    raise TypeError(
+      f'{name}_tags must be a dict of arrays by their names, not a'
+      f' {type(tags).__name__}'
+    )
   order = per_token('order', np.arange(t) if order is None else order)
   tags = {tag: per_token(f'tag {tag}', x) for tag, x in (tags or {}).items()}
   if segments is not None:
@@ -398,18 +439,22 @@ def reverse(forward, backward):
   return attend
 
 
-def once(name: str):
+def once(name: str, platform: str):
   """Makes a forward or backward of kernels say that they have no derivative.
 
   What differentiates an attention twice would come upon the kernels, and JAX
-  then says nothing of what to do. In compiled programs there is no trace of it.
+  then says nothing of what to do. Nor does it where a program is made for
+  another platform. In compiled programs there is no trace of either.
 
   Args:
     name: of the implementation.
+    platform: for which it is, as JAX calls it.
   """
+  here = dispatch.bound('attention', name, platform)
 
   def of(run):
-    guarded = jax.custom_jvp(run, nondiff_argnums=(0,))
+    there = lambda rule, q, *inputs: run(rule, here(q), *inputs)
+    guarded = jax.custom_jvp(there, nondiff_argnums=(0,))
 
     @guarded.defjvp
     def differentiate(rule, inputs, tangents):

@@ -22,7 +22,7 @@ def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
 
   Args:
     mask: which keys a query sees.
-    query, key: tokens 'rows t' and 'rows s', where rows may be 1.
+    query, key: tokens 'rows t' and 'rows s', where rows may be 1 in any array.
     q, k: queries and keys in a tile.
     by_query: blocks of queries have runs of keys, else the other way round.
 
@@ -35,9 +35,11 @@ def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
     blocks = masks.extent(tiles.token_blocks(tokens, size))  # 'n rows'
     return jax.tree.map(lambda x: jnp.expand_dims(x.T, axis), blocks)
 
+  # As a kernel counts rows: what the mask reads may be the same for all.
+  rows = max(map(len, jax.tree.leaves((query, key))))
   query, key = extent(query, q, 2), extent(key, k, 1)
+  shape = rows, query.uniform.shape[1], key.uniform.shape[2]
   empty, full = masks.judge(mask, query, key)
-  shape = jnp.broadcast_shapes(query.uniform.shape, key.uniform.shape)
   empty, full = (jnp.broadcast_to(x, shape) for x in (empty, full))
   if not by_query:
     empty, full = empty.mT, full.mT

@@ -28,8 +28,9 @@ class Score:
     fn: (x, query, key, *operands, *queries, *keys) -> x, for scores x `b h t s`
       and two `Side`s whose arrays are `b 1 t 1` and `b 1 1 s`. Hashable, so a
       function of a module or a frozen dataclass, and differentiable by JAX. A
-      kernel may hand it tiles whose last two axes are exchanged, x and sides
-      alike: let it be elementwise in them.
+      kernel hands it tiles of one row and one head, whose last two axes may be
+      exchanged, x and sides alike: let it be elementwise in them, and what
+      differs from head to head be an operand.
     operands: arrays that lead with the heads, `h ...`; fn gets them as they
       are.
     queries: numbers of each query, `b t h` or `b t 1`; fn gets them as

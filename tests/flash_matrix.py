@@ -35,6 +35,7 @@ from pallas_kernels.masks import (
   Window,
 )
 from pallas_kernels.scores import (
+  POSITION,
   Buckets,
   Difference,
   Relative,
@@ -49,8 +50,14 @@ PAGE = pathlib.Path(__file__).parent.parent / 'docs' / 'flash.md'
 T, S = 150, 170
 # Rows, heads and key heads; few where a cell takes long.
 SIZES = {'b': 2, 't': T, 's': S, 'h': 4, 'k': 2}
-SMALL = SIZES | {'b': 1, 'h': 2, 'k': 1}
+SMALL = SIZES | {'h': 2, 'k': 1}
 WHOLE = flash.Blocks(2**30, 2**30)
+# Several each way.
+TILES = {
+  'plain': flash.Blocks(64, 32),
+  'xla': flash.Blocks(64, 32),
+  'tpu': flash.Blocks(128, 128),
+}
 ORDERS = {'query_order': np.arange(T) + S - T, 'key_order': np.arange(S)}
 
 
@@ -84,6 +91,7 @@ class Feature:
     widths: of keys and of values.
     dtype: of all arrays.
     sizes: what letters in shapes stand for.
+    rows: of the batch at least, where one takes long.
   """
 
   name: str
@@ -93,6 +101,7 @@ class Feature:
   widths: tuple[int, int] = (32, 32)
   dtype: str = 'float32'
   sizes: Mapping[str, int] = dataclasses.field(default_factory=SIZES.copy)
+  rows: int = 1
 
   def shape(self, *sizes: str | int) -> tuple[int, ...]:
     """With letters as sizes, and numbers as they are."""
@@ -119,9 +128,11 @@ PERMUTED = {
   'query_order': np.random.default_rng(0).permutation(T) + S - T,
   'key_order': np.random.default_rng(1).permutation(S),
 }
-TAGS = {
-  'query_tags': {'prefix': np.zeros(T, int)},
-  'key_tags': {'prefix': np.arange(S) < 40},
+# Of one side alone, and of each row its own.
+TAGS = {'key_tags': {'prefix': np.arange(S) < np.array([[40], [9]])}}
+POSITIONS = {
+  f'{side}_tags': {POSITION: np.arange(length) * np.array([[1], [2]])}
+  for side, length in (('query', T), ('key', S))
 }
 SEGMENTS = {
   'query_segments': documents(T),
@@ -139,7 +150,7 @@ FEATURES = (
   Feature(
     'mask: window and first keys', masked(Causal() & (Window(9) | Sinks(3)))
   ),
-  Feature('mask: prefix, by tags', masked(Causal() | Prefix(), **TAGS)),
+  Feature('mask: prefix, by tags', masked(Causal() | Prefix(), **TAGS), rows=2),
   Feature('mask: block-causal', masked(BlockCausal(50))),
   Feature('mask: of your own', masked(Even())),
   Feature('documents and pads', masked(Causal(), **SEGMENTS)),
@@ -156,6 +167,12 @@ FEATURES = (
     {'bias': (1, 1, 't', 's')},
   ),
   Feature('score: ALiBi', scored(Slopes(), 'slopes'), {'slopes': ('h',)}),
+  Feature(
+    'score: ALiBi, of positions',
+    lambda slopes: {'score': Score(Slopes(), (slopes,)), **POSITIONS},
+    {'slopes': ('h',)},
+    rows=2,
+  ),
   Feature(
     'score: T5 buckets',
     scored(Buckets(64, causal=False), 'table'),
@@ -195,7 +212,11 @@ def machine(name: str):
   """Where an implementation runs: kernels are interpreted."""
   with contextlib.ExitStack() as stack:
     if name == 'tpu':
-      params = pltpu.InterpretParams(uninitialized_memory='nan')
+      params = pltpu.InterpretParams(
+        detect_races=True,
+        uninitialized_memory='nan',
+        out_of_bounds_reads='raise',
+      )
       stack.enter_context(pltpu.force_tpu_interpret_mode(params))
     if name == 'gpu':
       stack.enter_context(interpreted())
@@ -204,10 +225,13 @@ def machine(name: str):
 
 def own(feature: Feature, name: str) -> Feature:
   """The feature in the type, and of the size, that suits an implementation."""
-  if name != 'gpu':
-    return feature
-  narrower = {'float32': 'float16'}.get(feature.dtype, feature.dtype)
-  return dataclasses.replace(feature, dtype=narrower, sizes=SMALL)
+  if name == 'tpu':
+    feature = dataclasses.replace(feature, sizes=SMALL)
+  if name == 'gpu':
+    narrower = {'float32': 'float16'}.get(feature.dtype, feature.dtype)
+    sizes = SMALL | {'b': feature.rows}
+    feature = dataclasses.replace(feature, dtype=narrower, sizes=sizes)
+  return feature
 
 
 def results(feature, name, blocks, wider=None):
@@ -261,9 +285,9 @@ def outcome(feature: Feature, name: str) -> str:
   """
   feature = own(feature, name)
   with jax.enable_x64(feature.dtype == 'float64'):
-    blocks = flash.Blocks(64, 32) if name in ('plain', 'xla') else None
     try:
       with machine(name):
+        blocks = TILES.get(name)
         got = results(feature, name, blocks)
     except NotImplementedError as refusal:
       return reason(refusal)
@@ -287,7 +311,7 @@ def derivatives(name: str) -> dict[str, str]:
   dtype = 'float16' if name == 'gpu' else 'float32'
   x = np.random.default_rng(0).normal(size=(1, 150, 1, 32)).astype(dtype)
   x = jnp.asarray(x)
-  blocks = flash.Blocks(64, 32) if name in ('plain', 'xla') else None
+  blocks = TILES.get(name)
   f = lambda x: jnp.sum(
     jnp.square(
       flash.attention(
@@ -312,9 +336,10 @@ def derivatives(name: str) -> dict[str, str]:
     except NotImplementedError as refusal:
       found[mode] = reason(refusal)
     except TypeError as refusal:
-      if "can't apply forward-mode" not in str(refusal):
+      said = str(refusal).partition('\n')[0].rstrip('.')
+      if "can't apply forward-mode" not in said:
         raise
-      found[mode] = "its gradient is a rule of our own: use 'plain'"
+      found[mode] = f"JAX says: {said}; use implementation='plain'"
     else:
       if not jnp.all(jnp.isfinite(result)):
         raise AssertionError(f'{mode}, {name}: not finite')

@@ -66,7 +66,7 @@ def test_cells_that_do_not_run_are_named(monkeypatch):
   names = 'causal', 'outliers'
   table, wrong = cells.checked({name: cells.CELLS[name] for name in names})
   assert wrong == ['causal', 'outliers']
-  assert table.count('interpret mode') == 2
+  assert table.count('it is for cuda') == 2
 
 
 def test_rates_and_ratios(monkeypatch):

@@ -1,5 +1,7 @@
 """Reading the compiler's programs, on one that is written here."""
 
+import argparse
+
 import pytest
 
 from experiments import bench_kernels
@@ -42,3 +44,25 @@ def test_steady():
 def test_steady_checks_that_both_files_are_of_one_program():
   with pytest.raises(ValueError, match='13 bundles, but units of 1'):
     bench_kernels.steady(bench_kernels.lines(PROGRAM), [[0]], 2)
+
+
+def test_the_page_has_all_rows(monkeypatch):
+  one = bench_kernels.Schedule(
+    tile=1000, step=1200, masked=None, busy=0.5, fills=0, spills=0
+  )
+  monkeypatch.setattr(bench_kernels, 'schedule', lambda cell: one)
+  monkeypatch.setattr(bench_kernels, 'chosen', lambda *_: (512, 256))
+  *_, table = bench_kernels.static(argparse.Namespace())
+  head, _, *rows = [
+    [x.strip() for x in row.strip('| ').split('|')] for row in table.split('\n')
+  ]
+  rows = [dict(zip(head, row, strict=True)) for row in rows]
+  has = lambda **given: [
+    row for row in rows if all(row[name] == x for name, x in given.items())
+  ]
+  for chip in bench_kernels.CHIPS:
+    for direction in 'forward', bench_kernels.DKV, bench_kernels.DQ:
+      assert len(has(chip=chip, direction=direction, whose='flash')) == 1
+    for width in '64', '256':
+      assert len(has(chip=chip, width=width, whose='ours')) == 2
+  assert {row['step over splash'] for row in has(whose='ours')} == {'1.00'}

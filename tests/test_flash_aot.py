@@ -12,7 +12,7 @@ import pytest
 
 from experiments import bench_kernels
 from experiments.bench_compiled import FEATURES, compiled, verdict
-from pallas_kernels import blocks, chips
+from pallas_kernels import chips
 from pallas_kernels.blocks import Blocks
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('compiler')]
@@ -27,15 +27,13 @@ def test_chosen_blocks(chip):
 
 
 @pytest.mark.parametrize(
-  ('direction', 'chip', 'q', 'k'),
-  [('forward', 'v6e', 2048, 512), ('backward', 'v5p', 1024, 512)],
+  ('direction', 'chip', 'width', 'tile'),
+  [('forward', 'v6e', 128, (2048, 512)), ('backward', 'v5e', 256, (512, 256))],
 )
-def test_chosen_blocks_spill_nothing(direction, chip, q, k):
+def test_chosen_blocks_spill_nothing(direction, chip, width, tile):
   """The page of schedules has the others."""
-  with jax.set_mesh(chips.mesh(chip)):
-    chosen = blocks.tile(Blocks(), direction, 32768, 32768)
-  assert (chosen.q, chosen.k) == (q, k)
-  found = bench_kernels.schedule(('ours', direction, chip, str(q), str(k)))
+  assert bench_kernels.chosen(direction, chip, width) == tile
+  found = bench_kernels.schedule(('ours', direction, chip, *tile, width))
   assert found.masked
   assert found.spills == found.masked_spills == 0
 

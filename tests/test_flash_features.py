@@ -15,7 +15,14 @@ import pytest
 from jaxattn.core import sigmoid
 from pallas_kernels import dispatch, dropout, flash, problem, tiles
 from pallas_kernels.flash import Blocks, Dropout, Score, partial
-from pallas_kernels.masks import Causal, Mask, Prefix, Window
+from pallas_kernels.masks import (
+  BlockCausal,
+  Causal,
+  Mask,
+  Prefix,
+  Sinks,
+  Window,
+)
 from pallas_kernels.scores import (
   POSITION,
   Difference,
@@ -558,7 +565,7 @@ def test_partials_with_a_sink_in_one_of_them():
     ),
     ({'dropout': Dropout(0.1, 0.5)}, 'seed is one integer'),
     ({'softcap': 0.0}, 'None is for no cap'),
-    ({'mask': Prefix()}, 'give key_tags'),
+    ({'mask': Prefix('pre')}, r"give key_tags=\{'pre'"),
     ({'query_order': 2**40 + np.arange(T)}, 'query order must fit'),
     (
       {
@@ -609,6 +616,8 @@ class Among(Mask):
     ({'bias': np.ones((1, 1, T, S), bool)}, 'for a mask to say'),
     ({'query_order': np.arange(T) / 2}, 'query order must be integers'),
     ({'key_segments': np.ones(S)}, 'key segments must be integers'),
+    ({'sinks': [0.0] * H}, 'sinks must be an array, not a list'),
+    ({'key_tags': np.ones(S, int)}, 'key_tags must be a dict'),
   ],
 )
 def test_what_is_of_another_kind_is_refused(given, message):
@@ -617,6 +626,64 @@ def test_what_is_of_another_kind_is_refused(given, message):
     flash.attention(drawn['q'], drawn['k'], drawn['v'], **given)
   with pytest.raises(TypeError, match='q must be of a float type'):
     flash.attention(drawn['q'].astype(int), drawn['k'], drawn['v'])
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    (lambda x: {'scale': x}, 'scale must be a Python number.* multiply q'),
+    (lambda x: {'softcap': x}, 'softcap must be a Python number.* a Score'),
+    (lambda x: {'score': Score(lambda y, *_: x * y)}, 'one of the operands'),
+    (
+      lambda x: {'score': Score(functools.partial(lambda x, y, *_: x * y, x))},
+      'one of the operands',
+    ),
+  ],
+)
+def test_what_is_static_is_not_traced(given, message):
+  q, k, v = (draw()[name] for name in 'qkv')
+  with pytest.raises(TypeError, match=message):
+    jax.jit(lambda x: flash.attention(q, k, v, **given(x)))(2.0)
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_segments_below_one_are_padding(form):
+  q, k, v = (draw()[name] for name in 'qkv')
+  segments = lambda n, pad: np.where(np.arange(n) % 3 == 0, pad, 1)
+  attend = lambda pad: flash.attention(
+    *(q, k, v),
+    query_segments=segments(T, pad),
+    key_segments=segments(S, pad),
+    implementation=form,
+    blocks=FORMS[form],
+  )
+  assert not attend(-1)[:, ::3].any()
+  np.testing.assert_array_equal(attend(-1), attend(0))
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_a_batch_of_none(form):
+  x = jnp.zeros((0, T, 2, 4))
+  attend = lambda x: flash.attention(
+    x, x, x, implementation=form, blocks=FORMS[form]
+  )
+  assert jax.grad(lambda x: attend(x).sum())(x).shape == attend(x).shape
+
+
+@pytest.mark.parametrize(
+  'mask',
+  [
+    lambda: Window(0),
+    lambda: Window(3, 0),
+    lambda: Window(2**33),
+    lambda: Sinks(-1),
+    lambda: BlockCausal(0),
+    lambda: Blocks(8.5, 8),
+  ],
+)
+def test_what_would_see_nothing_is_refused(mask):
+  with pytest.raises(ValueError, match='must be'):
+    mask()
 
 
 def test_a_sink_of_minus_infinity_is_none():

@@ -168,7 +168,7 @@ def test_compiled(compiler, name, capfd, monkeypatch):
     if 'bias' in given:
       asked['bias'] = number
     rule, *rest = problem(q, k, v, **asked)
-    assert gpu.refuses(rule, q, k, v, *rest[:2]) is None
+    assert gpu.refuses(rule, q, k, v, *rest) is None
     return both(rule, q, k, v, *rest, w, u)
 
   weights = jax.ShapeDtypeStruct((2, t, 4), jnp.float32)

@@ -14,6 +14,7 @@ from pallas_kernels.masks import BlockCausal, Causal, Everything, Side, Window
 from pallas_kernels.problem import Extras, Operands
 from pallas_kernels.scores import Score, Slopes, SoftCap
 
+NOWHERE = Side(np.zeros((1, 1), int), {})
 H200, A100 = 'NVIDIA H200', 'NVIDIA A100-SXM4-80GB'
 
 
@@ -128,6 +129,10 @@ def test_cudnn_has_not_every_window(library, mask):
     flash.attention(*draw(), mask=mask, implementation='cudnn')
 
 
+def rare(x, query, key):
+  return x + jax.lax.lgamma(jnp.abs(x) + 1)
+
+
 def running(x, query, key):
   return jnp.cumsum(x, -1)
 
@@ -139,7 +144,8 @@ def running(x, query, key):
     (H200, {'d': 257}, {}, 'at most 256 wide, not 257'),
     (H200, {'t': 0}, {}, 'there is nothing in q'),
     (H200, {'dtype': 'float32'}, {}, 'for bfloat16 and float16, not float32'),
-    (H200, {}, {'score': Score(running)}, 'uses cumsum, which its compiler'),
+    (H200, {}, {'score': Score(running)}, 'not elementwise: it uses cumsum'),
+    (H200, {}, {'score': Score(rare)}, 'lgamma, which its compiler lacks'),
   ],
 )
 def test_refusals(monkeypatch, device, shape, given, why):
@@ -172,7 +178,7 @@ def test_a_modification_is_done_on_tiles(fn, shapes):
     x, query, key, *extras.scores[0].heads
   )
   own = lambda heads: Extras((Operands(tuple(heads)),))
-  function = Modification.of(scored, own(heads), ())
+  function = Modification.of(scored, own(heads), NOWHERE, NOWHERE)
   assert not function.lacks
   x = jnp.asarray(rng.normal(size=(8, 16)), jnp.float32)
   query = jnp.broadcast_to(jnp.arange(8)[:, None], x.shape)
@@ -200,7 +206,7 @@ def test_a_slope_of_one_is_known():
   function = Modification.of(
     lambda x, query, key, own: Slopes()(x, query, key, *own.scores[0].heads),
     Extras((Operands((slopes,)),)),
-    (),
+    *(NOWHERE, NOWHERE),
   )
   x = jnp.ones((8, 16))
   place = Side(jnp.zeros((8, 16), int), {})

@@ -39,10 +39,11 @@ def test_every_cell_is_there():
   [cell for cell in CELLS if cell[0] in ROWS and cell[1] != 'gpu'],
   ids=lambda x: x.replace(' ', '-')[:40],
 )
-def test_features(row, name, said):
+def test_features(row, name, said, capfd):
   assert matrix.outcome(ROWS[row], name) == said, (
     'run python -m tests.flash_matrix'
   )
+  assert 'RACE DETECTED' not in capfd.readouterr().out
 
 
 def column(name):

@@ -7,6 +7,7 @@ interpreter's vector clocks find; memory begins as NaN. That the kernels lower
 for a TPU is tested here too, and in `test_flash_aot` that they compile.
 """
 
+import dataclasses
 import functools
 import itertools
 import types
@@ -24,7 +25,7 @@ from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import plain, tpu
 from pallas_kernels.flash import tpu_layout as layout
-from pallas_kernels.masks import Causal, Everything, Sinks, Window
+from pallas_kernels.masks import Causal, Everything, Mask, Sinks, Window
 from pallas_kernels.problem import problem
 from pallas_kernels.scores import Buckets, Difference, Relative, Score, Slopes
 from tests import devices
@@ -79,7 +80,7 @@ CASES = {
   'packed': (draw(2, 300, 300), {'mask': Causal(), **BOTH}, {}),
   'striped': (draw(e=40), {'mask': Causal(), **STRIDE}, {}),
   'loud': (loud(), {}, {}),
-  'ragged': (draw(2, 130, 200, d=40, e=72), {}, {}),
+  'ragged': (draw(2, 130, 200, d=40, e=200), {}, {}),
   'softcap': (
     draw(),
     {'mask': Causal(), 'softcap': 2.0, 'score': Slopes(), **LATER},
@@ -124,7 +125,7 @@ def ask(attend, q, k, v, numbers, blocks=BLOCKS, **given):
     **{'mask': Everything(), **given},
   )
   if attend is tpu.attend:
-    assert tpu.refuses(rule, q, k, v, extras, query) is None
+    assert tpu.refuses(rule, q, k, v, extras, query, key) is None
   return attend(rule, q, k, v, extras, query, key)
 
 
@@ -440,21 +441,68 @@ def _all_of(x, query, key, *numbers):
   return x + sum(numbers)
 
 
+def _by_head(x, query, key):
+  """As one writes ALiBi for all heads: a kernel has one head at a time."""
+  slopes = 2.0 ** -jnp.arange(1, x.shape[1] + 1)
+  return x - slopes[:, None, None] * jnp.abs(query.order - key.order)
+
+
+GAINS = np.array([1, 3], np.float32)
+NOT_FOR_PARTS = {
+  _by_head: 'it uses iota',
+  lambda x, query, key: x - jnp.min(x, -1, keepdims=True): 'uses reduce_min',
+  lambda x, query, key: x[..., ::-1]: 'uses rev',
+  lambda x, query, key: x.reshape(-1).reshape(x.shape): 'uses reshape',
+  lambda x, query, key: x.mT.mT: 'uses transpose',
+  lambda x, query, key: x * GAINS[:, None, None]: 'holds an array',
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Held(Mask):
+  orders: np.ndarray
+
+  def __call__(self, query, key):
+    return (key.order[..., None] == self.orders).any(-1)
+
+
+def test_one_key_head_of_several_where_integers_are_wide():
+  q, k, v, *_ = (jnp.asarray(x, jnp.float32) for x in draw())
+  loss = lambda name: (
+    lambda q: jnp.sum(
+      flash.attention(q, k, v, mask=Causal(), implementation=name)
+    )
+  )
+  with jax.enable_x64(True):
+    fast = interpreted(lambda: jax.grad(loss('tpu'))(q))
+    np.testing.assert_allclose(fast, jax.grad(loss('plain'))(q), atol=2e-5)
+
+
+@pytest.mark.parametrize('jit', [True, False])
+def test_a_program_for_another_device_is_refused(jit):
+  q, k, v, *_ = (jnp.asarray(x, jnp.float32) for x in draw())
+  run = lambda q: flash.attention(q, k, v, implementation='tpu')
+  with pytest.raises(NotImplementedError, match=r'for tpu, .* is for cpu\. Le'):
+    (jax.jit(run) if jit else run)(q)
+
+
 def test_refuses():
   q, k, v, *_ = (jnp.asarray(x, jnp.float32) for x in draw())
 
-  def reason(q=q, k=k, v=v, **given):
+  def reason(q=q, k=k, v=v, mask=Causal(), **given):
     side = (None, None, None)
-    rule, extras, query, _ = problem(
-      *(q, k, v), mask=Causal(), query=side, key=side, **given
-    )
-    return tpu.refuses(rule, q, k, v, extras, query)
+    asked = problem(*(q, k, v), mask=mask, query=side, key=side, **given)
+    return tpu.refuses(asked[0], q, k, v, *asked[1:])
 
   assert reason() is None
   assert reason(softcap=3.0, dropout=Dropout(0.1, seed=0)) is None
   table = lambda n: Score(Buckets(256, True), (jnp.zeros((2, n)),))
   assert reason(score=table(32)) is None
-  assert 'Buckets is not elementwise' in reason(score=table(256))
+  assert 'table of 256 entries' in reason(score=table(256))
+  for fn, why in NOT_FOR_PARTS.items():
+    assert why in reason(score=Score(fn)), fn
+  held = _Held(np.arange(3))
+  assert '_Held holds an array' in reason(mask=held)
   half = (x.astype(jnp.float16) for x in (q, k, v))
   assert 'float16' in reason(*half)
   assert 'differ in type' in reason(v=v.astype(jnp.bfloat16))

@@ -27,9 +27,11 @@ from jaxattn.parallel import (
   between,
   gather,
   halo,
+  place,
   prefix,
   ring,
   sequence,
+  strategy,
   stripe,
   ulysses,
 )
@@ -84,7 +86,7 @@ def laid(layout):
 def loud():
   """Scores of one head are all far above 0, of the other all far below."""
   q, k, *rest = draw(2, T, T, 2, 1, 64, 32, seed=3)
-  q = 15 * np.abs(q) * np.array([1, -1])[:, None]
+  q = 21 * np.abs(q) * np.array([1, -1])[:, None]
   return q, np.abs(k), *rest
 
 
@@ -578,6 +580,64 @@ def sigmoid_apart():
   return found
 
 
+def uneven(strategies=(*sequence.FAR, None)):
+  """How far queries that are fewer than keys are from one device, by strategy.
+
+  Neither have orders: so a window's keys are not the neighbours'.
+  """
+  arrays = [np.float32(x) for x in draw(2, T, 160, 4, 2, 16, 24)[:4]]
+  mask = Causal() & Window(13)
+  alone = lambda *x: sequence.attention(*x, mask=mask)
+  one, found = with_gradients(alone, *arrays), {}
+  for name in strategies:
+    inner = functools.partial(sequence.attention, mask=mask, strategy=name)
+    many = jax.shard_map(inner, in_specs=ROWS['time'], out_specs=ROWS['time'])
+    found[str(name)] = float(abs(with_gradients(many, *arrays) - one).max())
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking(Mask):
+  """One of a user's own, which asks JAX what it can do without."""
+
+  def __call__(self, query, key):
+    return key.order <= query.order
+
+  def empty(self, query, key):
+    return jnp.greater(key.order_min, query.order_max)
+
+
+def unforced():
+  """What is chosen for an engine that cannot go round, where a ring would be.
+
+  And how far it is from one device; and what refuses the ring.
+  """
+  arrays = [np.float32(x) for x in PLAIN[:4]]
+  given = {'mask': Asking(), 'implementation': 'plain'}
+  one = with_gradients(functools.partial(flash.attention, **given), *arrays)
+  found, said = {}, []
+  handler = logging.Handler()
+  handler.emit = lambda record: said.append(record.args[-1])
+  strategy.log.addHandler(handler)
+  strategy.log.setLevel(logging.INFO)
+  for name, more in (
+    ('plain', {}),
+    ('xla', {'implementation': 'xla'}),
+    ('forced', {'strategy': 'ring'}),
+  ):
+    inner = functools.partial(sequence.attention, **given | more)
+    many = jax.shard_map(inner, in_specs=ROWS['time'], out_specs=ROWS['time'])
+    try:
+      with patched(strategy, 'ROOM', 2**12):
+        apart = float(abs(with_gradients(many, *arrays) - one).max())
+    except NotImplementedError as error:
+      found[name] = str(error)
+    else:
+      found[name] = [said.pop().name, apart]
+  strategy.log.removeHandler(handler)
+  return found
+
+
 # Of what a device holds, the share that it sends to n - 1 others.
 SHARES = {
   'ppermute': lambda n: 1,
@@ -586,44 +646,54 @@ SHARES = {
 }
 
 
-def sent(jaxpr, times=1):
-  """(primitive, bytes that a device sends, how often) in a program."""
+def sent(jaxpr, times=1, kind=jnp.floating):
+  """(primitive, bytes that a device sends, how often) in a program.
+
+  Of arrays of a kind: by default not of the places of tokens.
+  """
   nested = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
   for equation in jaxpr.eqns:
     name, params = equation.primitive.name, equation.params
-    floats = [
-      x.aval
-      for x in equation.invars
-      if jnp.issubdtype(x.aval.dtype, jnp.floating)
-    ]
-    if name in SHARES and floats:  # not of the places of tokens
-      size = sum(x.size * x.dtype.itemsize for x in floats)
+    avals = [x.aval for x in equation.invars]
+    arrays = [x for x in avals if jnp.issubdtype(x.dtype, kind)]
+    if name in SHARES and arrays:
+      size = place.size(arrays)
       groups = params.get('axis_index_groups')
       yield name, size * SHARES[name](len(groups[0]) if groups else N), times
     for value in jax.tree.leaves(params, is_leaf=nested):
       inner = getattr(value, 'jaxpr', value)
       if hasattr(inner, 'eqns'):
-        yield from sent(inner, times * params.get('length', 1))
+        yield from sent(inner, times * params.get('length', 1), kind)
+
+
+# Of parts of 24 tokens; groups of a hybrid are 4 devices, or 2 of 2 key heads.
+CHOSEN = {name: (8, Causal()) for name in sequence.FAR} | {
+  'halo': (8, Causal() & Window(9)),
+  'ring of a window': (2, Causal() & Window(50)),
+  'hybrid of a window': (2, Causal() & Window(50)),
+  'ring of one part': (2, Window(1, 1)),
+  'hybrid of one group': (2, Window(1, 1)),
+}
 
 
 def chosen():
-  """Strategy -> hops and bytes, as the chooser says and as the program has."""
-  b, t, h, k, d = 2, 24, 16, 8, 16
-  mask = Causal() & Window(9)
+  """How -> hops and bytes, as the chooser says and as the program has."""
+  b, t, h, d = 2, 24, 16, 32
   found = {}
-  for name in sequence.STRATEGIES:
-    call = sequence.Call(N, b, t, h, d, t, k, d, 4, mask.reach(), True)
+  for how, (k, mask) in CHOSEN.items():
+    name = how.partition(' ')[0]
+    call = sequence.Call(N, b, t, h, d, t, k, d, 4, mask, dense=True)
     said = sequence.choose(call, name)
-    inner = lambda q, k, v, name=name: sequence.attention(
-      q, k, v, mask=mask if name == 'halo' else Causal(), strategy=name
+    inner = lambda q, k, v, name=name, mask=mask: sequence.attention(
+      q, k, v, mask=mask, strategy=name
     )
     program = jax.make_jaxpr(
       lambda *x, inner=inner: jax.shard_map(
         inner, in_specs=ROWS['time'], out_specs=ROWS['time']
       )(*x)
     )(*(jnp.zeros((b, N * t, n, d)) for n in (h, k, k)))
-    moved = [x for x in sent(program.jaxpr) if x[1] > 8000]  # not of m and l
-    found[name] = {
+    moved = [x for x in sent(program.jaxpr) if x[1] > 4000]  # not of m and l
+    found[how] = {
       'said': [said.hops, said.sent],
       'moved': [sum(x[2] for x in moved), sum(x[1] * x[2] for x in moved)],
     }
@@ -636,9 +706,9 @@ def passed():
   normal = lambda *shape: rng.normal(size=(2, N * 24, *shape))
   q, k, v = (normal(3, 16) for _ in range(3))
   handler = logging.Handler()
-  handler.emit = lambda record: said.append(record.args[1].sent)
-  sequence.log.addHandler(handler)
-  sequence.log.setLevel(logging.INFO)
+  handler.emit = lambda record: said.append(record.args[-1].sent)
+  strategy.log.addHandler(handler)
+  strategy.log.setLevel(logging.INFO)
   for name, run, inputs in (
     ('gated', prefix.gated, (q, k, v, -abs(normal(3, 1)))),
     ('delta', prefix.delta, (q, k, v, 1 / (1 + abs(normal(3))))),
@@ -653,7 +723,7 @@ def passed():
     found[name] = [said.pop(), [x for x in moved if x[0] == 'all_gather']]
     assert not said
     assert len(moved) == len(found[name][1])
-  sequence.log.removeHandler(handler)
+  strategy.log.removeHandler(handler)
   return found
 
 
@@ -733,9 +803,9 @@ def room():
     )
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*[shape] * 3).compile()
     with patched(
-      sequence, 'ROOM', math.ceil(sequence._gather(call)[2] / groups)
+      strategy, 'ROOM', math.ceil(strategy._gather(call)[2] / groups)
     ):
-      held = sequence._gather(call)[3]
+      held = strategy._gather(call)[3]
     found[groups] = [held, compiled.memory_analysis().temp_size_in_bytes]
   return found
 
@@ -748,11 +818,16 @@ def main():
       'exact': {case: compare(case, overs(case)) for case in CASES},
       'rounded': {case: compare(case, overs(case), BF16) for case in ROUNDED},
       'mutants': {mutant: rejected(mutant) for mutant in MUTANTS | NARROW},
+      'loud': [
+        float(f(expected('loud')[0]["['lse']"])) for f in (np.min, np.max)
+      ],
       'chosen': chosen(),
       'hops': hops(),
       'passed': passed(),
       'room': room(),
       'sigmoid': sigmoid_apart(),
+      'uneven': uneven(),
+      'unforced': unforced(),
     }
   found |= {'dropped': dropped(), 'kernels': kernels(), 'memory': memory()}
   found['wrong'] = {mutant: wrong(mutant) for mutant in WRONG}
@@ -771,6 +846,13 @@ def found():
 def test_exact(case, found):
   assert set(found['exact'][case]) == set(overs(case))
   assert {at: x for at, x in found['exact'][case].items() if x} == {}
+
+
+def test_loud_is_beyond_what_exp_bears(found):
+  """Its inverse too: whoever rescales by another's maximum finds 0 or inf."""
+  least, most = found['loud']
+  assert least < -100
+  assert most > 100
 
 
 @pytest.mark.parametrize('case', ROUNDED)
@@ -807,7 +889,21 @@ def test_sigmoid_attention(name, found):
   assert found['sigmoid'][name] < 2e-5
 
 
-@pytest.mark.parametrize('name', sequence.STRATEGIES)
+def test_queries_may_be_fewer_than_keys(found):
+  assert found['uneven'].keys() == {*sequence.FAR, 'None'}
+  assert max(found['uneven'].values()) < 1e-5
+
+
+def test_what_cannot_go_round_is_not_sent_round(found):
+  name, apart = found['unforced']['plain']
+  assert (name, apart < 1e-5) == ('gather', True)
+  name, apart = found['unforced']['xla']
+  assert (name, apart < 1e-5) == ('hybrid', True)
+  assert "strategy='ring' cannot serve this" in found['unforced']['forced']
+  assert 'backward pass of its own' in found['unforced']['forced']
+
+
+@pytest.mark.parametrize('name', CHOSEN)
 def test_the_chooser_knows_the_costs(name, found):
   """Exchanges and bytes sent are those of the program."""
   hops, size = found['chosen'][name]['said']

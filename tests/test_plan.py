@@ -8,14 +8,19 @@ import sys
 import types
 from unittest import mock
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from rich.console import Console
 
-from configs import long_context
+from configs import lm, long_context
 from experiments import laid, planned
 from experiments import plan as program
 from experiments.planned import Plan
 from experiments.screen import Clock
+from jaxattn.parallel import mesh as meshes
+from jaxattn.train import build, step
 from pallas_kernels import chips
 from tests.devices import ROOT
 
@@ -166,6 +171,46 @@ def test_what_a_compiler_says_is_understood():
   )
   with pytest.raises(ValueError, match='else'):
     said(ValueError('something else'))
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'seq', 'flags'),
+  [
+    ({'data': -1, 'seq': 1, 'model': 1}, 4, 'data=1 seq=-1'),
+    ({'data': 4, 'seq': 1, 'model': 1}, 4, 'data=1 seq=-1'),
+    ({'data': -1, 'seq': 1, 'model': 2}, 2, 'data=1 seq=-1'),
+    ({'data': 2, 'seq': 1, 'model': -1}, 2, 'data=1 seq=-1 model=2'),
+    ({'data': 1, 'seq': 1, 'model': -1}, 4, 'seq=-1 model=1'),
+    ({'data': 1, 'seq': 1, 'model': 4}, 4, 'seq=-1 model=1'),
+  ],
+)
+def test_a_mesh_that_is_advised_can_be_made(monkeypatch, sizes, seq, flags):
+  monkeypatch.setattr(
+    jax, 'make_mesh', lambda sizes, axes, **_: AbstractMesh(sizes, axes)
+  )
+  config = build.complete({'mesh': sizes | {'axis_types': 'explicit'}})
+  made = dataclasses.replace(BLANK, needs=17 * GIB)
+  one = np.int32(0)
+  state = step.TrainState(one, {}, {}, {}, one)
+  mesh = meshes.make(**config['mesh'], devices=range(4))
+  words = [x for x in planned._advice(config, made, state, mesh) if 'seq' in x]
+  assert words == [
+    ' '.join(f'--config.mesh.{flag}' for flag in flags.split())
+    + ': a row is spread over the devices'
+  ]
+  given = {k: int(v) for k, v in re.findall(r'mesh\.(\w+)=(-?\d+)', words[0])}
+  spread = meshes.make(**config['mesh'] | given, devices=range(4))
+  assert spread.shape[meshes.SEQ] == seq
+
+
+def test_every_setting_of_a_run_can_be_set():
+  for config in (lm.get_config('quick'), long_context.get_config('quick')):
+    assert set(config) == set(build.DEFAULTS)
+    assert config.to_dict()['layout'] is None
+    config.layout = 'striped'  # a placeholder takes a word, and no number
+    assert build.complete(config.to_dict())['layout'] == 'striped'
+    with pytest.raises(TypeError):
+      config.layout = 3
 
 
 def test_words():

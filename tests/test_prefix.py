@@ -13,6 +13,7 @@ two without.
 import dataclasses
 import functools
 import json
+import logging
 import re
 import types
 from collections.abc import Callable
@@ -27,9 +28,9 @@ from jax import lax
 from jaxattn import registry
 from jaxattn.core import conv, delta, features, recurrence, ssm
 from jaxattn.packing import Packing
-from jaxattn.parallel import halo, prefix, sequence
+from jaxattn.parallel import halo, prefix, sequence, strategy
 from jaxattn.parallel import mesh as meshes
-from tests import devices, laws
+from tests import devices, laws, test_parallel
 
 DEVICES = 8
 B, T, H, D, E, M, N, R = 8, 24, 2, 4, 3, 6, 3, 5  # three tokens a device
@@ -394,6 +395,48 @@ def any_length(name, packed):
   laws.assert_close(got[1], want[1], 'gradient', 10 * laws.ROUNDING)
 
 
+# ------------------------------------------------------------- what is said
+
+# Of whose exchanges all are said; others say those of keys and values.
+TOLD = {
+  *('base_conv', 'delta_net', 'gated_delta_net', 'gated_linear', 'linear'),
+  *('mamba2', 'moba', 'performer', 'retention', 's4d'),
+}
+
+
+def told(name, packed=False):
+  """The law: a mechanism says how devices work together, and what is sent.
+
+  Returns:
+    what it said: name, hops and bytes, once each.
+  """
+  mixer, said = registry.make(name, **registry.spec(name).examples[-1]), []
+  x = jnp.zeros((2, DEVICES * 8, laws.WIDTH))  # weights this small are whole
+  packing = None
+  if packed:
+    segments = np.repeat([[1, 2, 0], [3, 3, 4]], [20, 31, 13], axis=1)
+    packing = Packing.from_segments(segments.astype(np.int32))
+  variables = jax.eval_shape(mixer.init, jax.random.key(0), x)
+  handler = logging.Handler()
+  handler.emit = lambda record: said.append(record.args[-1])
+  strategy.say.cache_clear()
+  strategy.log.addHandler(handler)
+  strategy.log.setLevel(logging.INFO)
+  apply = lambda *inputs: mixer.apply(*inputs).y
+  with jax.set_mesh(mesh()):
+    program = jax.make_jaxpr(apply)(variables, x, packing)
+  strategy.log.removeHandler(handler)
+  assert said, 'nothing'
+  for one in said:
+    assert one.reason
+    assert str(one).startswith(f'{one.name} ({one.reason}): each device sends')
+  if name in TOLD:
+    moved = test_parallel.sent(program.jaxpr, kind=np.generic)
+    moved = sum(size * times for _, size, times in moved)
+    assert sum(one.sent for one in said) == moved
+  return [[one.name, one.hops, one.sent] for one in said]
+
+
 # ---------------------------------------------------------------------- mutants
 
 
@@ -457,6 +500,10 @@ def narrow(fade):
 
 def no_segment_begins(begun):
   return lambda like, valid, starts: jnp.zeros_like(like, bool)
+
+
+def silent(say):
+  return lambda *args: None
 
 
 def own_part_alone(by_channel):
@@ -556,6 +603,8 @@ MUTANTS = {
     '_wide',
     lambda wide: lambda tree: tree,
   ),
+  'nothing is said': (told, 's4d', False, prefix, 'say', silent),
+  'not all is said': (told, 'base_conv', True, sequence, 'say', silent),
   'nothing enters': (any_length, 'gated_linear', False, *ENTER, nothing_enters),
 }
 
@@ -595,6 +644,10 @@ def main():
     for packed in (False, True):
       how = f'length: {name}{", packed" * packed}'
       found[how] = wrong(any_length, name, packed)
+  for name in registry.names():
+    for packed in (False, True):
+      how = f'said: {name}{", packed" * packed}'
+      found[how] = wrong(told, name, packed)
   for mutant in MUTANTS:
     found[f'mutant: {mutant}'] = rejected(mutant)
   print(json.dumps(found))

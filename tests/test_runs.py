@@ -22,6 +22,18 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize('by_query', [True, False])
+def test_a_table_has_the_rows_of_any_array(by_query):
+  """Which those who read it count, whatever the mask reads."""
+  one = tokens(ROWS, None)
+  tags = {'position': np.concatenate([ROWS, ROWS])}
+  two = one._replace(side=masks.Side(one.side.order, tags))
+  for query, key in ((two, two), (two, one), (one, two)):
+    table, _ = runs.table(Causal(), query, key, Q, K, by_query)
+    alone, _ = runs.table(Causal(), one, one, Q, K, by_query)
+    assert table.tolist() == 2 * alone.tolist()
+
+
 def tokens(order, segments):
   side = masks.Side(order.astype(np.int32), {})
   return one_segment(masks.Tokens(side, segments))

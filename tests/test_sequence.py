@@ -8,13 +8,18 @@ import pytest
 
 from jaxattn import registry
 from jaxattn.parallel import mesh as meshes
-from jaxattn.parallel import sequence
-from jaxattn.parallel.sequence import Call, choose
+from jaxattn.parallel import sequence, strategy
+from jaxattn.parallel.strategy import Call, choose
+from pallas_kernels.masks import Causal, Sinks, Window
 
 # A model of 32 heads of width 128 in bfloat16, 4,096 tokens a device.
 ROW = {'t': 4096, 's': 4096, 'h': 32, 'd': 128, 'e': 128, 'itemsize': 2}
 SIZES = {'b': 1, **ROW}
-NEAR = {'reach': (511, 0), 'dense': True}
+NEAR = {'mask': Causal() & Window(512), 'dense': True}
+
+
+def window(size):
+  return {'mask': Causal() & Window(size), 'dense': True}
 
 
 @pytest.mark.parametrize(
@@ -22,8 +27,18 @@ NEAR = {'reach': (511, 0), 'dense': True}
   [
     ('halo', {'devices': 64, 'k': 8, **NEAR}),
     # Packed: the neighbour may hold other tokens than those before.
-    ('ulysses', {'devices': 8, 'k': 8, 'reach': (511, 0)}),
-    ('ulysses', {'devices': 8, 'k': 8, **NEAR, 'reach': (5000, 0)}),
+    ('ulysses', {'devices': 8, 'k': 8, 'mask': NEAR['mask']}),
+    # Of 4 query heads to a key head, queries and results are 4 parts.
+    ('ring', {'devices': 8, 'k': 8, **window(5000)}),
+    ('ring', {'devices': 8, 'k': 8, **window(4 * 4096)}),
+    ('ulysses', {'devices': 8, 'k': 8, **window(5 * 4096)}),
+    ('ulysses', {'devices': 8, 'k': 32, **window(4098)}),
+    ('ring', {'devices': 16, 'k': 1, **window(5000)}),
+    ('gather', {'devices': 16, 'k': 1, 'mask': Causal(), 'dense': True}),
+    # Another has tags, and so its keys may be seen from anywhere.
+    ('gather', {'devices': 16, 'k': 1, **window(5000), 'tagged': True}),
+    ('gather', {'devices': 1024, 'k': 1, 'backward': False}),
+    ('gather', {'devices': 256, 'k': 8, 'backward': False}),
     ('ulysses', {'devices': 8, 'k': 32}),
     ('gather', {'devices': 16, 'k': 8}),
     ('gather', {'devices': 8, 'k': 1}),
@@ -34,7 +49,7 @@ NEAR = {'reach': (511, 0), 'dense': True}
 def test_rules(name, given):
   found = choose(Call(**SIZES, **given))
   assert found.name == name
-  assert found.reason in {reason for _, reason, _ in sequence.RULES}
+  assert found.reason in {reason for _, reason, _ in strategy.RULES}
 
 
 def test_costs():
@@ -52,6 +67,37 @@ def test_costs():
   assert hybrid.hops == 2 + 1  # groups of 8, and a ring of two groups
 
 
+def test_a_ring_costs_what_its_mask_lets_it():
+  part = 4096 * 4096
+  cost = lambda name, **given: choose(
+    Call(devices=16, k=8, **SIZES, **given), name
+  )
+  for size, hops in ((1, 0), (2, 1), (4097, 1), (4098, 2), (10**6, 15)):
+    found = cost('ring', **window(size))
+    assert (found.hops, found.sent) == (hops, hops * part), size
+    assert found.held == min(hops, 2) * part
+  # The first keys are seen by all.
+  sinks = Causal() & (Window(9) | Sinks(1))
+  assert cost('ring', mask=sinks, dense=True).hops == 15
+  for more in ({'dense': False}, {'tagged': True}):
+    assert cost('ring', **window(2) | more).hops == 15
+  # Two groups of 8 devices; none sees what the other holds.
+  both, one = (cost('hybrid', **window(size)) for size in (2, 1))
+  assert (both.hops, one.hops) == (3, 2)
+  assert both.sent - one.sent == both.held - one.held == part
+
+
+def test_what_cannot_go_round_gathers_a_few_heads():
+  call = Call(devices=256, k=8, **SIZES, backward=False)
+  found = choose(call)
+  assert found.held <= strategy.ROOM
+  assert 'some heads at a time' in found.reason
+  for name in ('ring', 'hybrid'):
+    message = "backward pass of its own, .*='xla'; ulysses, gather can"
+    with pytest.raises(NotImplementedError, match=message):
+      choose(call, name)
+
+
 @pytest.mark.parametrize('name', sequence.STRATEGIES)
 def test_rows_cost_as_often(name):
   sizes = {'devices': 16, 'k': 8, **ROW, **NEAR}
@@ -63,14 +109,14 @@ def test_a_gather_that_is_asked_for_takes_some_heads_at_a_time():
   call = Call(devices=256, k=8, **SIZES)
   found = choose(call, 'gather')
   assert found.sent == 255 * 4096 * 4096
-  assert found.held <= sequence.ROOM
-  assert found.hops == math.ceil(found.sent / sequence.ROOM)
+  assert found.held <= strategy.ROOM
+  assert found.hops == math.ceil(found.sent / strategy.ROOM)
 
 
 def test_what_is_said(caplog):
   call = Call(devices=64, k=8, **SIZES, **NEAR)
   with caplog.at_level(logging.INFO):
-    choose.cache_clear()
+    strategy.say.cache_clear()
     text = str(choose(call))
     choose(call)
   assert text == (
@@ -88,8 +134,13 @@ def test_what_cannot_be_is_refused_with_what_can():
   with pytest.raises(ValueError, match=r"no strategy 'star', only halo"):
     choose(call, 'star')
   alone = Call(devices=7, k=8, **SIZES)
-  with pytest.raises(NotImplementedError, match='8 key heads and 7 devices'):
+  message = '8 key heads and 7 devices have no common divisor above 1'
+  with pytest.raises(NotImplementedError, match=message):
     choose(alone, 'hybrid')
+  uneven = Call(devices=8, k=8, **SIZES | {'s': 8192}, **NEAR)
+  assert choose(uneven).name != 'halo'
+  with pytest.raises(NotImplementedError, match='keys differ in length'):
+    choose(uneven, 'halo')
 
 
 def layout(names, asked=None, seq=4):

@@ -152,6 +152,11 @@ def whole(w: jax.Array) -> jax.Array:
   return put(w, jax.P())
 
 
+def size(tree) -> int:
+  """Bytes of its arrays."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def amount(size: int) -> str:
   """Bytes for people."""
   for unit, one in (('GiB', 2**30), ('MiB', 2**20), ('KiB', 2**10)):

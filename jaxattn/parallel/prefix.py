@@ -36,16 +36,15 @@ apart and added up. So the delta rule goes through its tokens twice, which takes
 more time; to keep what each token reads of the state would cost memory.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxattn.core import conv, features, recurrence, ssm
 from jaxattn.core import delta as rule
-from jaxattn.parallel import halo, sequence, ulysses
+from jaxattn.parallel import halo, place, sequence, ulysses
 from jaxattn.parallel import mesh as meshes
+from jaxattn.parallel.strategy import Strategy, say
 
 
 def gated(q, k, v, log_decay=None, *, state=None, valid=None, starts=None):
@@ -124,7 +123,11 @@ def _tail(x, kernel, tail, valid, starts):
   t, size = x.shape[1], kernel.shape[0] - 1
   if tail is None and valid is None and starts is None and t >= size:
     # The neighbour has them all.
-    return halo.extend(x[:, -size:], meshes.SEQ, size)[:, :size]
+    last, reason = x[:, -size:], 'no tap reaches beyond the neighbour'
+    sent = place.size(last)
+    strategy = Strategy('halo', reason, 1, sent, sent)
+    say('a short convolution', sequence.parts(x), strategy)
+    return halo.extend(last, meshes.SEQ, size)[:, :size]
   _, own = conv.short(x, kernel, valid=valid, starts=starts)
   count = t if valid is None else jnp.sum(valid, axis=1, keepdims=True)
   # All that came before a segment moves out when it begins.
@@ -164,7 +167,14 @@ def by_channel(engine, x, *weights):
     return jnp.pad(x, fill)
 
   weights = [group.my_heads(filled(w, 0)) for w in weights]
-  y = engine(group.heads_for_time(filled(x, 2)), *weights)
+  x = filled(x, 2)
+  y = engine(group.heads_for_time(x), *weights)
+  sent, held = (
+    n * (parts - 1) // parts for n in (place.size((x, y)), place.size(x))
+  )
+  reason = 'an FFT, or a sum as long, reads all of time: so tokens are sent'
+  strategy = Strategy('channels', reason, 2, sent, held)
+  say('a long convolution', parts, strategy)
   return group.time_for_heads(y)[..., :m]
 
 
@@ -176,8 +186,10 @@ def enter(state, effect, then):
     effect: what this device's do to a state, a pytree of fixed shapes.
     then: (state, effect) -> the state after them.
   """
-  bytes_of = lambda x: x.size * x.dtype.itemsize
-  passes(lax.axis_size(meshes.SEQ), sum(map(bytes_of, jax.tree.leaves(effect))))
+  devices = lax.axis_size(meshes.SEQ)
+  size = (devices - 1) * place.size(effect)
+  reason = 'what tokens do to a state is sent, and no tokens'
+  say('a recurrence', devices, Strategy('prefix', reason, 1, size, size))
 
   @jax.checkpoint  # so that what all others sent is not kept
   def fold(state, effect):
@@ -192,22 +204,6 @@ def enter(state, effect, then):
     return lax.scan(step, state, (numbers, effects))[0]
 
   return fold(state, effect)
-
-
-@functools.cache  # and so logged once
-def passes(devices: int, size: int) -> sequence.Strategy:
-  """What it costs that all know each other's effect on a state; it is logged.
-
-  Args:
-    devices: over which time is spread.
-    size: bytes of one device's effect.
-  """
-  size *= devices - 1
-  reason = 'what tokens do to a state is sent, and no tokens'
-  strategy = sequence.Strategy('prefix', reason, 1, size, size, None)
-  log = sequence.log
-  log.info('a recurrence over %d devices runs as %s', devices, strategy)
-  return strategy
 
 
 def _of_all(x):

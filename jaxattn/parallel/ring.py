@@ -74,8 +74,8 @@ def over(ring: Ring, dense: bool = False):
 
   Args:
     ring: the devices.
-    dense: tokens stand in their order over the devices: then it is known while
-      tracing who may see whom.
+    dense: tokens stand in their order over the devices, and have no tags: then
+      it is known while tracing who may see whom.
   """
 
   @functools.cache
@@ -201,9 +201,7 @@ def _hops(mask: Mask, query: Tokens, key: Tokens, ring: Ring, dense: bool):
   """The last hop in which any device may see anything: a number, or traced."""
   n = ring.size
   if dense:
-    empty = _empty(mask, *(_places(n, x) for x in (query, key)))
-    needed = (np.arange(n)[:, None] - np.arange(n)) % n
-    return int(np.max(np.where(empty, 0, needed)))
+    return last_hop(mask, n, *(x.side.order.shape[1] for x in (query, key)))
   groups = [
     [i * ring.stride + at for i in range(n)] for at in range(ring.stride)
   ]
@@ -219,9 +217,18 @@ def _hops(mask: Mask, query: Tokens, key: Tokens, ring: Ring, dense: bool):
   return lax.pmax(hops, tuple(jax.typeof(hops).manual_axis_type.varying))
 
 
-def _places(n: int, tokens: Tokens) -> Extent:
+def last_hop(mask: Mask, n: int, t: int, s: int) -> int:
+  """The same of n devices with t queries and s keys each, in their order."""
+  # A mask may ask JAX, which then has to answer now, and as outside.
+  nowhere = jax.sharding.AbstractMesh((), ())
+  with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(nowhere):
+    empty = _empty(mask, _places(n, t), _places(n, s))
+  needed = (np.arange(n)[:, None] - np.arange(n)) % n
+  return int(np.max(np.where(empty, 0, needed)))
+
+
+def _places(n: int, length: int) -> Extent:
   """Extents of the parts of a sequence that is whole and in order."""
-  length = tokens.side.order.shape[1]
   first = np.arange(n) * length
   one = np.ones(n, int)
   return Extent(Range(first, first + length - 1), one, one, one > 0)

@@ -1,4 +1,4 @@
-"""The one door between mechanisms and devices, and the only chooser.
+"""The one door between mechanisms and devices.
 
 A mechanism hands its engine and its arrays to `stream` (or `run`), which lays
 rows over `data` and time over `seq`, and calls the engine inside one fully
@@ -12,9 +12,6 @@ every device. The memory of what attends is in parts (`tree`), others are whole.
 """
 
 import dataclasses
-import functools
-import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,18 +23,19 @@ from jaxattn.core import softmax
 from jaxattn.parallel import (
   blockwise,
   gather,
-  halo,
   place,
-  ring,
   stripe,
   tensor,
   tree,
-  ulysses,
 )
 from jaxattn.parallel import mesh as meshes
+from jaxattn.parallel import strategy as strategies
+from jaxattn.parallel.strategy import Call, Strategy, choose, remember, say
+from pallas_kernels import flash
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.masks import Mask
-from pallas_kernels.problem import Over
+
+STRATEGIES, FAR = strategies.STRATEGIES, strategies.FAR
 
 
 def run(engine: Callable, *arrays, weights=(), block=None, split=()):
@@ -156,207 +154,7 @@ def _mapped(engine, arrays, weights, where, specs=None, split=()):
   )
 
 
-log = logging.getLogger(__name__)
-
-# ------------------------------------------------------------- what is chosen
-
-# Bytes of keys and values of other devices that one device may hold: then one
-# gather is no dearer than a ring, and waits once.
-ROOM = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-  """What the choice depends on.
-
-  Attributes:
-    devices: over which time is spread.
-    b, t, h, d, s, k, e: sizes on one of them, by the usual letters.
-    itemsize: bytes of a number.
-    reach: orders before and after its own that a query may see, at most.
-    dense: tokens stand in their order over the devices.
-  """
-
-  devices: int
-  b: int
-  t: int
-  h: int
-  d: int
-  s: int
-  k: int
-  e: int
-  itemsize: int
-  reach: tuple[float, float] = (math.inf, math.inf)
-  dense: bool = False
-
-  @property
-  def token(self) -> int:
-    """Bytes of the keys and values that one device has at a time."""
-    return self.b * self.k * (self.d + self.e) * self.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Strategy:
-  """How devices work together on attention, and what it costs each of them.
-
-  Attributes:
-    name: one of STRATEGIES.
-    reason: why it was taken.
-    hops: exchanges that wait for each other, forward.
-    sent: bytes that a device sends, forward.
-    held: bytes that it holds of what others have.
-    over: the strategy itself, for an engine's `over`.
-  """
-
-  name: str
-  reason: str
-  hops: int
-  sent: int
-  held: int
-  over: Over = dataclasses.field(repr=False, compare=False)
-
-  def __str__(self):
-    return (
-      f'{self.name} ({self.reason}): each device sends'
-      f' {place.amount(self.sent)} forward, hops: {self.hops}; it holds'
-      f' {place.amount(self.held)} of others'
-    )
-
-
-def _halo(call: Call) -> tuple:
-  before, after = call.reach
-  if not call.dense:
-    return ('tokens may stand in any order',)
-  if max(before, after) > call.s:
-    return ('a query may see keys beyond the neighbours',)
-  before, after = (int(min(x, call.s)) for x in (before, after))
-  size = (before + after) * call.token
-  over = halo.over(meshes.SEQ, before, after)
-  return (None, 1, size, size, over)
-
-
-def _ulysses(call: Call, size: int | None = None, inner=None) -> tuple:
-  size = size or call.devices
-  repeat, heads = ulysses.heads(call.h, call.k, size)
-  keys = heads if repeat * call.k % size else repeat * call.k
-  width = call.b * (call.d + call.e) * call.itemsize
-  sent = (call.t * heads + call.s * keys) * width * (size - 1) // size
-  more = call.s * (keys - call.k) + 2 * call.t * (heads - call.h)
-  over = ulysses.over(ulysses.Group(meshes.SEQ, size), inner)
-  return None, 2, sent, more * width, over
-
-
-def _gather(call: Call) -> tuple:
-  size = (call.devices - 1) * call.s * call.token
-  stride = math.ceil(size / ROOM)
-  groups = next(
-    n
-    for n in range(1, call.k + 1)
-    if call.k % n == 0 and (n >= stride or n == call.k)
-  )
-  return None, groups, size, size // groups, gather.over(meshes.SEQ, groups)
-
-
-def _ring(call: Call) -> tuple:
-  hops = call.devices - 1
-  size = call.s * call.token
-  over = ring.over(ring.Ring(meshes.SEQ), call.dense)
-  return None, hops, hops * size, 2 * size, over
-
-
-def _hybrid(call: Call) -> tuple:
-  size = group_size(call)
-  if size == 1:
-    return (f'{call.k} key heads and {call.devices} devices have no divisor',)
-  hops = call.devices // size - 1
-  inner = ring.over(ring.Ring(meshes.SEQ, size), call.dense)
-  _, two, sent, held, over = _ulysses(call, size, inner)
-  block = call.s * call.token
-  return None, two + hops, sent + hops * block, held + 2 * block, over
-
-
-def group_size(call: Call) -> int:
-  """The most devices, but not all, that can share the key heads evenly."""
-  sizes = range(1, call.devices)
-  return max(n for n in sizes if call.devices % n == 0 and call.k % n == 0)
-
-
-# Each answers why it cannot serve a call; or None, hops, bytes sent and held,
-# and how it is done.
-STRATEGIES = {
-  'halo': _halo,
-  'ulysses': _ulysses,
-  'gather': _gather,
-  'hybrid': _hybrid,
-  'ring': _ring,
-}
-# Those that reach every key; a halo is for windows.
-FAR = ('ulysses', 'gather', 'hybrid', 'ring')
-# The first that holds is taken.
-RULES = (
-  (
-    'halo',
-    'no query sees beyond the neighbours',
-    lambda call: _halo(call)[0] is None,
-  ),
-  (
-    'ulysses',
-    'the key heads divide among the devices: fewest bytes, even work',
-    lambda call: call.k % call.devices == 0,
-  ),
-  (
-    'gather',
-    f'all keys and values fit into {ROOM >> 30} GiB',
-    lambda call: (call.devices - 1) * call.s * call.token <= ROOM,
-  ),
-  (
-    'hybrid',
-    'groups of devices share the key heads, and form a ring',
-    lambda call: group_size(call) > 1,
-  ),
-  ('ring', 'keys are many and key heads are few', lambda call: True),
-)
-
-
-@functools.cache  # and so logged once
-def choose(call: Call, forced: str | None = None) -> Strategy:
-  """The strategy for a call, with its reason, which is logged.
-
-  Raises:
-    ValueError: no strategy has the name that is asked for.
-    NotImplementedError: it cannot serve the call.
-  """
-  if forced is None:
-    name, reason = next(rule[:2] for rule in RULES if rule[2](call))
-  elif forced in STRATEGIES:
-    name, reason = forced, 'asked for'
-  else:
-    raise ValueError(
-      f'there is no strategy {forced!r}, only {", ".join(STRATEGIES)}'
-    )
-  refusal, *costs = STRATEGIES[name](call)
-  if refusal:
-    others = [other for other in STRATEGIES if not STRATEGIES[other](call)[0]]
-    raise NotImplementedError(
-      f'strategy={name!r} cannot serve this: {refusal}; {", ".join(others)} can'
-    )
-  strategy = Strategy(name, reason, *costs)
-  log.info('attention over %d devices runs as %s', call.devices, strategy)
-  return strategy
-
-
-@functools.cache  # and so logged once
-def remember(call: Call) -> Strategy:
-  """How devices that each hold a part of a memory attend; it is logged.
-
-  Of the call t is a chunk's, and s are the slots of one device.
-  """
-  size = call.b * tree.sent(call.devices, call.t, call.h, call.e, call.itemsize)
-  part = place.amount(call.s * call.token)
-  over = tree.over(meshes.SEQ)
-  strategy = Strategy('tree', f'parts of {part} stay', 2, size, 0, over)
-  log.info('attention over %d devices runs as %s', call.devices, strategy)
-  return strategy
+# ------------------------------------------------------------- where tokens lie
 
 
 def layout(specs: Mapping[str, Any], asked: str | None = None) -> str:
@@ -409,8 +207,12 @@ def parts(x: jax.Array) -> int:
 
 def everywhere(tree):
   """All of time on every device: for engines that need every key."""
-  if parts(jax.tree.leaves(tree)[0]) == 1:
+  devices = parts(jax.tree.leaves(tree)[0])
+  if devices == 1:
     return tree
+  size = (devices - 1) * place.size(tree)
+  reason = 'any token may be read by any device'
+  say('what is read', devices, Strategy('gather', reason, 1, size, size))
   return gather.all_of_time(tree, meshes.SEQ)
 
 
@@ -450,7 +252,12 @@ def attention(
   if parts(k) > 1:
     (*some, h, d), (s, heads) = q.shape, k.shape[1:3]
     sizes = *some, h // shared, d, s, heads // shared, v.shape[3]
-    call = Call(parts(k), *sizes, q.dtype.itemsize, mask.reach(), dense)
+    # All engines but some of `flash` have a backward pass of their own.
+    named = flash.BACKENDS.get(rule.get('implementation'))
+    backward = named is None or named.backward is not None
+    tagged = bool(rule.get('query_tags') or rule.get('key_tags'))
+    how = {'dense': dense, 'tagged': tagged, 'backward': backward}
+    call = Call(parts(k), *sizes, q.dtype.itemsize, mask, **how)
     # Keys alone are in parts where they are those of a memory.
     over = (choose(call, strategy) if parts(q) > 1 else remember(call)).over
   if shared > 1:

@@ -25,7 +25,7 @@ from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import cudnn, gpu, plain, tpu, xla
 from pallas_kernels.flash.partial import Partial, finish, merge, sink
 from pallas_kernels.masks import Everything, Mask
-from pallas_kernels.problem import Over, problem
+from pallas_kernels.problem import Over, check_floats, problem
 from pallas_kernels.scores import Score
 
 __all__ = [
@@ -92,7 +92,8 @@ def attention(
     query_order: `b t`, or `t` for every row: what the mask reads; by default
       0, 1, ... t - 1. Likewise key_order, `b s` or `s`.
     query_segments: `b t` or `t`: tokens see each other iff their segments are
-      equal and not 0. None stands for 1 everywhere. Likewise key_segments.
+      equal and at least 1: 0, and below, is padding. None stands for 1
+      everywhere. Likewise key_segments.
     query_tags: what else mask and score read, each `b t` or `t`. Likewise
       key_tags.
     bias: added to the scores, `b h t s` with 1 for b or h where it is shared;
@@ -132,6 +133,8 @@ def attention(
     NotImplementedError: the implementation asked for cannot serve this call;
       the message says why.
   """
+  if sinks is not None:
+    check_floats('sinks', sinks)
   rule, extras, query, key = problem(
     *(q, k, v),
     mask=mask,
@@ -147,16 +150,15 @@ def attention(
     wide=return_partial or sinks is not None,
     spread=over is not None,
   )
+  call = rule, q, k, v, extras, query, key
   name = dispatch.choose(
     'attention',
     {
       'plain': lambda: None,
       'xla': lambda: None,
-      'tpu': lambda: tpu.refuses(rule, q, k, v, extras, query),
-      'gpu': lambda: gpu.refuses(rule, q, k, v, extras, query),
-      'cudnn': lambda: cudnn.refuses(
-        rule, q, k, v, extras, query, over is not None
-      ),
+      'tpu': lambda: tpu.refuses(*call),
+      'gpu': lambda: gpu.refuses(*call),
+      'cudnn': lambda: cudnn.refuses(*call, over is not None),
     },
     implementation,
     next(names for make, names in PREFERRED.items() if make in chip()),
@@ -164,7 +166,7 @@ def attention(
   engine = BACKENDS[name]
   if over is not None:
     engine = over(engine)
-  o, m, total = engine.attend(rule, q, k, v, extras, query, key)
+  o, m, total = engine.attend(*call)
   if sinks is None and not return_partial:
     return o
   partial = Partial(m, total, total[..., None] * o)

@@ -12,7 +12,7 @@ from pallas_kernels.problem import Engine, Extras, Rule, unfit
 
 
 def refuses(
-  rule: Rule, q, k, v, extras: Extras, query: Tokens, spread: bool
+  rule: Rule, q, k, v, extras: Extras, query: Tokens, key: Tokens, spread: bool
 ) -> str | None:
   """Why this backend cannot serve a call, or None; arguments as of `attend`.
 
@@ -21,7 +21,8 @@ def refuses(
   """
   if extras:
     return 'it leaves scores and weights as they are'
-  if not rule.ordered or query.segments is not None or query.side.tags:
+  tagged = query.side.tags or key.side.tags
+  if not rule.ordered or query.segments is not None or tagged:
     return 'it is for tokens in order, of one document'
   if spread or rule.dtype != q.dtype:
     return 'it has no partial results, and so no sinks'

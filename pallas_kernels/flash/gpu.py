@@ -39,7 +39,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import masks, runs
+from pallas_kernels import elementwise, masks, runs
 from pallas_kernels.blocks import Tile, chip
 from pallas_kernels.flash import tpu_layout as layout
 from pallas_kernels.flash import xla
@@ -78,7 +78,9 @@ WIDTHS = 64, 128, 256  # of heads, that the kernels have
 HOPPER = re.compile(r'\b(H100|H200|H800|H20|GH200)\b')
 
 
-def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
+def refuses(
+  rule: Rule, q, k, v, extras: Extras, query: Tokens, key: Tokens
+) -> str | None:
   """Why this backend cannot serve a call, or None; arguments as of `attend`."""
   d, e = q.shape[3], v.shape[3]
   if plgpu is None:
@@ -89,17 +91,23 @@ def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
     return why
   if max(d, e) > WIDTHS[-1]:
     return f'heads are at most {WIDTHS[-1]} wide, not {max(d, e)}'
-  for function in _functions(rule, extras, query).values():
+  fns = (*rule.elementwise().scores, *rule.elementwise().weights)
+  for fn, own in zip(fns, (*extras.scores, *extras.weights)):
+    if why := elementwise.refuses(fn, own, query, key):
+      return why
+  if why := elementwise.holds(rule.mask, query.side, key.side):
+    return why
+  for function in _functions(rule, extras, query, key).values():
     if function is not None and function.lacks:
       lacks = ', '.join(function.lacks)
       return f'what happens to scores uses {lacks}, which its compiler lacks'
   return None
 
 
-def _functions(rule, extras, query) -> dict[str, Modification | None]:
+def _functions(rule, extras, query, key) -> dict[str, Modification | None]:
   """What happens to scores and to weights, by the names that `Plan` has."""
-  rule, tags = rule.elementwise(), query.side.tags or {}
-  of = lambda fn, own: Modification.of(fn, own, tags) if own else None
+  rule, sides = rule.elementwise(), (query.side, key.side)
+  of = lambda fn, own: Modification.of(fn, own, *sides) if own else None
   return {
     'scored': of(rule.scored, extras._replace(weights=())),
     'weighed': of(rule.weighed, Extras(weights=extras.weights)),
@@ -147,7 +155,7 @@ def make(rule, q, k, v, extras, query, key, side_q, side_k, stages=2) -> Plan:
   tile = Tile(side_q, side_k)
   found = layout.known(rule, q, k, v, extras, query, key, tile)
   found |= {'d': _width(found['d']), 'e': _width(found['e'])}
-  return Plan(**found, stages=stages, **_functions(rule, extras, query))
+  return Plan(**found, stages=stages, **_functions(rule, extras, query, key))
 
 
 def _width(d):
@@ -329,11 +337,11 @@ class Pairs:
     refs = self.more['query'], self.more['key']
     return [
       _standing(
-        *(self.plan, None if ref is None else ref.at[row], start),
+        *(self.plan, tags, None if ref is None else ref.at[row], start),
         *(self.shape, axis, length),
       )
-      for ref, start, axis, length in zip(
-        refs, self.starts, self.axes, (None, self.plan.s)
+      for tags, ref, start, axis, length in zip(
+        self.plan.tags, refs, self.starts, self.axes, (None, self.plan.s)
       )
     ]
 
@@ -372,7 +380,7 @@ class Pairs:
     return ref.at[*layout.pick(ref, *self.place), *where]
 
 
-def _standing(plan, ref, start, shape, axis, length) -> Tokens:
+def _standing(plan, tags, ref, start, shape, axis, length) -> Tokens:
   """Where tokens stand; of keys so many are none of the padding."""
   if not plan.tokens:
     order = start + iota(shape, axis)
@@ -385,7 +393,7 @@ def _standing(plan, ref, start, shape, axis, length) -> Tokens:
   fields = [along(ref.at[f, here], shape, axis) for f in range(ref.shape[0])]
   order = fields.pop(0)
   segments = fields.pop(0) if plan.segments or plan.ragged else None
-  return Tokens(Side(order, dict(zip(plan.tags, fields))), segments)
+  return Tokens(Side(order, dict(zip(tags, fields))), segments)
 
 
 # ---------------------------------------------------------------------- forward
@@ -469,7 +477,7 @@ def _forward_kernel(rule, plan, ins, outs, scratch):
     )
 
 
-@once('gpu')
+@once('gpu', 'cuda')
 def forward(rule, q, k, v, extras, query, key):
   """The finished o, m and l; arguments as in `problem`."""
   # What happens to scores needs registers, as wide heads do.
@@ -631,7 +639,7 @@ def _keys_kernel(wanted, rule, plan, ins, outs, scratch):
     )
 
 
-@once('gpu')
+@once('gpu', 'cuda')
 def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
   """dq, dk, dv and the gradient of extras; m is a constant."""
   dextras = floats(extras)

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from pallas_kernels import elementwise
 from pallas_kernels.masks import Side
 from pallas_kernels.problem import Extras, Operands
 
@@ -73,18 +74,6 @@ MOVES: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-def _inner(equation) -> core.Jaxpr | core.ClosedJaxpr | None:
-  """Of an equation that calls a function, that function."""
-  return next(
-    (
-      equation.params[name]
-      for name in ('jaxpr', 'call_jaxpr', 'fun_jaxpr')
-      if name in equation.params
-    ),
-    None,
-  )
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Modification:
   """A function of a score and of what bears on it, with its derivative.
@@ -96,8 +85,8 @@ class Modification:
   traced: core.ClosedJaxpr
 
   @classmethod
-  def of(cls, fn, extras: Extras, tags) -> 'Modification':
-    """fn is as `Rule.scored`; only shapes of extras matter."""
+  def of(cls, fn, extras: Extras, query: Side, key: Side) -> 'Modification':
+    """fn is as `Rule.scored`; only shapes of extras and names matter."""
 
     def both(x, query, key, extras):
       y, back = jax.vjp(lambda x: fn(x, query, key, extras), x)
@@ -110,13 +99,15 @@ class Modification:
       tuple(map(number, one.queries)),
       tuple(map(number, one.keys)),
     )
-    side = Side(shape(jnp.int32), {tag: shape(jnp.int32) for tag in tags})
+    side = lambda like: jax.tree.map(lambda _: shape(jnp.int32), like)
     like = Extras(
       tuple(map(own, extras.scores)),
       tuple(map(own, extras.weights)),
       None if extras.bias is None else number(extras.bias),
     )
-    return cls(jax.make_jaxpr(both)(shape(jnp.float32), side, side, like))
+    return cls(
+      jax.make_jaxpr(both)(*(shape(jnp.float32), side(query), side(key), like))
+    )
 
   @property
   def lacks(self) -> list[str]:
@@ -129,7 +120,7 @@ class Modification:
 
     def walk(jaxpr):
       for equation in jaxpr.eqns:
-        inner = _inner(equation)
+        inner = elementwise.inner(equation)
         if inner is None:
           found.add(equation.primitive.name)
         else:
@@ -200,7 +191,7 @@ def _run(jaxpr: core.Jaxpr, consts, given: list[np.ndarray]):
   read = lambda x: _constant(x.val) if isinstance(x, core.Literal) else known[x]
   for equation in jaxpr.eqns:
     values = list(map(read, equation.invars))
-    inner, name = _inner(equation), equation.primitive.name
+    inner, name = elementwise.inner(equation), equation.primitive.name
     if inner is not None:
       closed = isinstance(inner, core.ClosedJaxpr)
       found = _run(

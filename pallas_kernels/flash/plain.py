@@ -90,7 +90,9 @@ def _folded(rule, q, k, v, extras, query, key):
     read, (jnp.arange(len(q_blocks)), q_blocks, query, extents)
   )
   t = q.shape[1]
-  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(
+    x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:]
+  )
   return join(o)[:, :t], join(m)[:, :t], join(l)[:, :t]
 
 

@@ -39,14 +39,14 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import elementwise
 from pallas_kernels.blocks import chip
 from pallas_kernels.flash import tpu_layout as layout
 from pallas_kernels.flash.partial import MONOID
-from pallas_kernels.masks import Side, Tokens
+from pallas_kernels.masks import Tokens
 from pallas_kernels.problem import (
   Engine,
   Extras,
-  Operands,
   Rule,
   alike,
   floats,
@@ -59,25 +59,11 @@ LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
 OLD = ('TPU v2', 'TPU v3')  # which cannot compile them
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
-# What would need data to move between the elements of a tile.
-NOT_ELEMENTWISE = {
-  'gather',
-  'scatter',
-  'scatter-add',
-  'dot_general',
-  'sort',
-  'cumsum',
-  'dynamic_slice',
-  'conv_general_dilated',
-  'while',
-  'scan',
-  'rev',
-  'reduce_sum',
-  'reduce_max',
-}
 
 
-def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
+def refuses(
+  rule: Rule, q, k, v, extras: Extras, query: Tokens, key: Tokens
+) -> str | None:
   """Why this backend cannot serve a call, or None; arguments as of `attend`."""
   rule = rule.elementwise()
   d, e = q.shape[3], v.shape[3]
@@ -93,45 +79,9 @@ def refuses(rule: Rule, q, k, v, extras: Extras, query: Tokens) -> str | None:
   for fn, own in zip(
     (*rule.scores, *rule.weights), (*extras.scores, *extras.weights)
   ):
-    moves = _primitives(fn, own, query.side.tags) & NOT_ELEMENTWISE
-    if moves:
-      name = getattr(fn, '__name__', type(fn).__name__)
-      return f'{name} is not elementwise: it uses {", ".join(sorted(moves))}'
-  return None
-
-
-def _primitives(fn, own: Operands, tags) -> set[str]:
-  """What a modification of scores is made of."""
-  shape = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
-  side = lambda *at: Side(
-    shape(jnp.int32, *at), {tag: shape(jnp.int32, *at) for tag in tags or {}}
-  )
-  traced = jax.make_jaxpr(
-    lambda x, query, key, own: fn(
-      x, query, key, *own.heads, *own.queries, *own.keys
-    )
-  )(
-    shape(jnp.float32, 1, 1, 8, 16),
-    side(1, 1, 1, 16),
-    side(1, 1, 8, 1),
-    Operands(
-      tuple(shape(x.dtype, 1, *x.shape[1:]) for x in own.heads),
-      tuple(shape(x.dtype, 1, 1, 1, 16) for x in own.queries),
-      tuple(shape(x.dtype, 1, 1, 8, 1) for x in own.keys),
-    ),
-  )
-  found = set()
-
-  def walk(jaxpr):
-    for equation in jaxpr.eqns:
-      found.add(equation.primitive.name)
-      for value in equation.params.values():
-        inner = getattr(value, 'jaxpr', value)
-        if hasattr(inner, 'eqns'):
-          walk(inner)
-
-  walk(traced.jaxpr)
-  return found
+    if why := elementwise.refuses(fn, own, query, key):
+      return why
+  return elementwise.holds(rule.mask, query.side, key.side)
 
 
 def attend(rule, q, k, v, extras, query, key):
@@ -249,7 +199,7 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
     outs['l'][...] = l[row, :]
 
 
-@once('tpu')
+@once('tpu', 'tpu')
 @functools.partial(jax.jit, static_argnums=0)
 def forward(rule, q, k, v, extras, query, key):
   """The finished o, m and l."""
@@ -515,7 +465,7 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
       out[...] = jnp.broadcast_to(ref[...], (side_k, 128)).T[:1]
 
 
-@once('tpu')
+@once('tpu', 'tpu')
 @functools.partial(jax.jit, static_argnums=0)
 def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
   """dq, dk, dv and the gradient of extras; m is a constant."""

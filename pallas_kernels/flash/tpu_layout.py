@@ -43,7 +43,7 @@ class Plan:
     dtype: of q, k and v.
     mask: whether any tile may need a mask.
     tokens: whether where tokens stand is read from arrays.
-    tags: their names.
+    tags: their names, of queries and of keys.
     segments: whether there are any.
     ragged: the last block of keys holds padding.
     modified: scores are, by a function or a bias.
@@ -62,7 +62,7 @@ class Plan:
   dtype: np.dtype
   mask: bool
   tokens: bool
-  tags: tuple[str, ...]
+  tags: tuple[tuple[str, ...], tuple[str, ...]]
   segments: bool
   ragged: bool
   modified: bool
@@ -90,8 +90,8 @@ class Plan:
 
   @property
   def fields(self):
-    """Numbers that a token has: its order, segment and tags."""
-    return 1 + (self.segments or self.ragged) + len(self.tags)
+    """Numbers that a token has: its order, segment and tags; or 0s."""
+    return 1 + (self.segments or self.ragged) + max(map(len, self.tags))
 
   @property
   def kept(self):
@@ -122,7 +122,7 @@ class Plan:
 
   def head(self, h):
     """The key head of a query head."""
-    return h if self.group == 1 else lax.div(h, self.group)
+    return h if self.group == 1 else lax.div(h, jnp.int32(self.group))
 
   def dot(self, x, y, dims):
     wide = self.dtype == jnp.float32
@@ -155,7 +155,7 @@ def known(rule: Rule, q, k, v, extras, query, key, sides: Tile) -> dict:
   _, s, heads, e = v.shape
   ragged = s % sides.k > 0
   segments = query.segments is not None
-  tags = tuple(sorted(query.side.tags or {}))
+  tags = tuple(tuple(sorted(x.side.tags or {})) for x in (query, key))
   tokens = jax.tree.leaves((query, key))
   return dict(
     tile=sides,
@@ -163,7 +163,7 @@ def known(rule: Rule, q, k, v, extras, query, key, sides: Tile) -> dict:
     rows=max(len(x) for x in tokens),
     dtype=q.dtype,
     mask=not isinstance(rule.mask, Everything) or segments or ragged,
-    tokens=not rule.ordered or segments or bool(tags),
+    tokens=not rule.ordered or segments or any(tags),
     tags=tags,
     segments=segments,
     ragged=ragged,
@@ -203,7 +203,9 @@ def lay_tokens(plan, tokens: Tokens, length):
     fields.append(tokens.segments)
   elif plan.ragged:
     fields.append(jnp.ones_like(tokens.side.order))
-  fields += [tokens.side.tags[tag] for tag in plan.tags]
+  fields += [x for _, x in sorted((tokens.side.tags or {}).items())]
+  # One side may have fewer tags than the other.
+  fields += [jnp.zeros_like(fields[0])] * (plan.fields - len(fields))
   shape = (plan.rows, tokens.side.order.shape[1])
   fields = [jnp.broadcast_to(x, shape) for x in fields]
   return _padded(jnp.stack(fields, 1), 2, length)
@@ -338,7 +340,8 @@ class Standing:
       queries = self._queries(columns)
     else:
       queries = [self.queries[pl.ds(f, 1), columns] for f in fields]
-    return self._tokens(queries), self._tokens(keys)
+    names = self.plan.tags
+    return self._tokens(queries, names[0]), self._tokens(keys, names[1])
 
   def _queries(self, columns):
     # Of 128 at a time: numbers beyond would be a constant that is spilled.
@@ -361,10 +364,10 @@ class Standing:
     order += lax.broadcasted_iota(jnp.int32, (rows.size, lanes), 0)
     return [order, (order < plan.s).astype(jnp.int32)][: plan.fields]
 
-  def _tokens(self, fields) -> Tokens:
+  def _tokens(self, fields, names) -> Tokens:
     order, *fields = fields
     segments = fields.pop(0) if self.plan.segments or self.plan.ragged else None
-    return Tokens(Side(order, dict(zip(self.plan.tags, fields))), segments)
+    return Tokens(Side(order, dict(zip(names, fields))), segments)
 
 
 def _sides(standing, rows, columns):
