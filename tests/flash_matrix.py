@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from experiments.bench_compiled import Even
 from jaxattn.analysis.table import markdown
 from pallas_kernels import flash
 from pallas_kernels.masks import (
   BlockCausal,
   Causal,
-  Mask,
   Prefix,
   Sinks,
   Window,
@@ -64,14 +64,6 @@ ORDERS = {'query_order': np.arange(T) + S - T, 'key_order': np.arange(S)}
 def documents(length: int) -> np.ndarray:
   """Three documents and some pads."""
   return np.minimum(1 + np.arange(length) // 60, 3) * (np.arange(length) > 5)
-
-
-@dataclasses.dataclass(frozen=True)
-class Even(Mask):
-  """A mask as users write them, which says nothing of tiles."""
-
-  def __call__(self, query, key):
-    return (key.order % 2 == 0) & (key.order <= query.order)
 
 
 def doubled(x, query, key, weight):

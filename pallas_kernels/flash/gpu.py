@@ -91,8 +91,10 @@ def refuses(
     return why
   if max(d, e) > WIDTHS[-1]:
     return f'heads are at most {WIDTHS[-1]} wide, not {max(d, e)}'
-  fns = (*rule.elementwise().scores, *rule.elementwise().weights)
-  for fn, own in zip(fns, (*extras.scores, *extras.weights)):
+  rule = rule.elementwise()
+  for fn, own in zip(
+    (*rule.scores, *rule.weights), (*extras.scores, *extras.weights)
+  ):
     if why := elementwise.refuses(fn, own, query, key):
       return why
   if why := elementwise.holds(rule.mask, query.side, key.side):
