@@ -61,8 +61,7 @@ class Even(Mask):
 FEATURES = {
   'window and sinks': {'mask': Causal() & (Window(300) | Sinks(4))},
   'window on both sides': {'mask': Window(40, 30)},
-  'block causal': {'mask': BlockCausal(50)},
-  'own mask': {'mask': Even()},
+  'block causal, own mask': {'mask': BlockCausal(50) & Even()},
   'everything': {'mask': Everything()},
   'segments': {'segments': True, 'b': 2},
   'lengths': {'t': 1000, 's': 700},

@@ -28,7 +28,11 @@ def test_chosen_blocks(chip):
 
 @pytest.mark.parametrize(
   ('direction', 'chip', 'width', 'tile'),
-  [('forward', 'v6e', 128, (2048, 512)), ('backward', 'v5e', 256, (512, 256))],
+  [
+    ('forward', 'v6e', 128, (2048, 512)),
+    ('backward', 'v5p', 128, (1024, 512)),
+    ('backward', 'v5e', 256, (512, 256)),
+  ],
 )
 def test_chosen_blocks_spill_nothing(direction, chip, width, tile):
   """The page of schedules has the others."""
