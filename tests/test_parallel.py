@@ -22,7 +22,9 @@ import pytest
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxattn import registry
 from jaxattn.core import sigmoid
+from jaxattn.mixer import Context
 from jaxattn.parallel import (
   between,
   gather,
@@ -36,6 +38,7 @@ from jaxattn.parallel import (
   ulysses,
 )
 from jaxattn.parallel import mesh as meshes
+from jaxattn.train import build, optimizer, step
 from pallas_kernels import flash
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
@@ -358,6 +361,9 @@ def compare(case, overs, dtype=None, weights=WEIGHTS, growth=1.1):
   exact, naive, alone = expected(case, dtype)
   t, s = T // N, CASES[case][0][1].shape[1]
   worst = lambda draws: {at: max(x[at] for x in draws) for at in exact}
+  # A slope a head: each is a sum over all pairs, whose terms cancel, and of so
+  # few numbers the error is luck.
+  few = [at for at, x in exact.items() if x.size < 8]
   found = {}
   for name, over in overs.items():
     many, even = errors(spread(over), case, exact, dtype, weights)
@@ -370,10 +376,8 @@ def compare(case, overs, dtype=None, weights=WEIGHTS, growth=1.1):
         f' device {one[at]:.1e} ({steady[at]:.1e})'
         for at, x in many.items()
         if not (
-          # Gradients of what scores share are sums of terms that cancel.
-          x <= (4 if 'rest' in at else 2) * max(naive[at], one[at]) + EPS
-          and even[at]
-          <= growth * steady[at] + (EPS if 'rest' in at else EPS / 8)
+          x <= (4 if at in few else 2) * max(naive[at], one[at]) + EPS
+          and even[at] <= growth * steady[at] + EPS / (1 if at in few else 8)
         )
       ]
       if not (found[name] and tiles):
@@ -585,7 +589,8 @@ def uneven(strategies=(*sequence.FAR, None)):
 
   Neither have orders: so a window's keys are not the neighbours'.
   """
-  arrays = [np.float32(x) for x in draw(2, T, 160, 4, 2, 16, 24)[:4]]
+  # With 16 heads on 2, Ulysses repeats keys, and fills nothing up.
+  arrays = [np.float32(x) for x in draw(2, T, 160, 16, 2, 16, 24)[:4]]
   mask = Causal() & Window(13)
   alone = lambda *x: sequence.attention(*x, mask=mask)
   one, found = with_gradients(alone, *arrays), {}
@@ -593,6 +598,78 @@ def uneven(strategies=(*sequence.FAR, None)):
     inner = functools.partial(sequence.attention, mask=mask, strategy=name)
     many = jax.shard_map(inner, in_specs=ROWS['time'], out_specs=ROWS['time'])
     found[str(name)] = float(abs(with_gradients(many, *arrays) - one).max())
+  return found
+
+
+def tagged():
+  """How far a ring of tokens in their order, and with tags, is from one device.
+
+  A prefix sees keys to come: so no hop may be left out.
+  """
+  arrays = [np.float32(x) for x in PLAIN[:4]]
+  mask = Causal() & Window(9) | Prefix()
+  tags = np.stack([np.arange(T) < 40, np.arange(T) < 3])
+  alone = lambda *x: flash.attention(*x, mask=mask, key_tags={'prefix': tags})
+
+  def inner(q, k, v, tags):
+    given = {'mask': mask, 'strategy': 'ring', 'key_tags': {'prefix': tags}}
+    return sequence.attention(q, k, v, **given)
+
+  where = ROWS['time']
+  many = jax.shard_map(inner, in_specs=(where,) * 4, out_specs=where)
+  apart = with_gradients(lambda *x: many(*x, tags), *arrays)
+  return float(abs(apart - with_gradients(alone, *arrays)).max())
+
+
+def crossed():
+  """How far cross attention is from one device, by the context's length.
+
+  One length divides among the devices.
+  """
+  mixer, found = registry.make('multi_head', heads=4), {}
+  rng = np.random.default_rng(5)
+  x = np.float32(rng.normal(size=(2, 24, 32)))
+  for length in (16, 13):
+    other = np.float32(rng.normal(size=(2, length, 32)))
+    given = mixer.init(jax.random.key(0), x, context=Context(other))
+
+    def attend(x, other, kernels, given=given):
+      variables = {'params': given['params'] | kernels}
+      return mixer.apply(variables, x, context=Context(other)).y
+
+    kernels = {'key': given['params']['key']}
+    arrays = x, other, kernels, x[::-1]
+    one = with_gradients(attend, *arrays)
+    with jax.set_mesh(meshes.make(seq=N, devices=jax.devices()[:N])):
+      found[length] = float(abs(with_gradients(attend, *arrays) - one).max())
+  return found
+
+
+# Mixer, strategy, what else the policy asks for, and what is said.
+REFUSED = {
+  'hybrid': ('multi_head', {'heads': 3}, {}, 'no common divisor above 1'),
+  'halo': ('sliding_window', {'window': 64}, {}, 'beyond the neighbours'),
+  'ring': ('multi_head', {}, {'implementation': 'plain'}, 'a backward pass'),
+}
+
+
+def refused():
+  """Strategy -> what a training run says that it cannot serve, when built."""
+  found = {}
+  mesh = meshes.make(seq=N, devices=jax.devices()[:N])
+  for name, (mixer, fields, policy, _) in REFUSED.items():
+    model = {'width': 48, 'depth': 1, 'mixer': mixer}
+    model |= {'mechanisms': {mixer: fields}, 'hidden': 32}
+    task = {'name': 'mqar', 'vocab': 64, 'length': 64, 'pairs': 4}
+    config = build.complete({'batch': 1, 'task': task, 'model': model})
+    config['policy'] |= {'strategy': name} | policy
+    task, model = build.build(config)
+    with jax.set_mesh(mesh):
+      feed = step.Feed.of(config, task, model, mesh)
+      try:
+        step.programs(model, feed, *optimizer.make(2, **config['optimizer']))
+      except NotImplementedError as error:
+        found[name] = str(error)
   return found
 
 
@@ -669,6 +746,7 @@ def sent(jaxpr, times=1, kind=jnp.floating):
 # Of parts of 24 tokens; groups of a hybrid are 4 devices, or 2 of 2 key heads.
 CHOSEN = {name: (8, Causal()) for name in sequence.FAR} | {
   'halo': (8, Causal() & Window(9)),
+  'ulysses of few key heads': (2, Causal()),
   'ring of a window': (2, Causal() & Window(50)),
   'hybrid of a window': (2, Causal() & Window(50)),
   'ring of one part': (2, Window(1, 1)),
@@ -827,8 +905,10 @@ def main():
       'room': room(),
       'sigmoid': sigmoid_apart(),
       'uneven': uneven(),
+      'tagged': tagged(),
       'unforced': unforced(),
     }
+  found |= {'crossed': crossed(), 'refused': refused()}
   found |= {'dropped': dropped(), 'kernels': kernels(), 'memory': memory()}
   found['wrong'] = {mutant: wrong(mutant) for mutant in WRONG}
   print(json.dumps(found))
@@ -892,6 +972,24 @@ def test_sigmoid_attention(name, found):
 def test_queries_may_be_fewer_than_keys(found):
   assert found['uneven'].keys() == {*sequence.FAR, 'None'}
   assert max(found['uneven'].values()) < 1e-5
+
+
+def test_a_ring_of_tokens_with_tags(found):
+  assert found['tagged'] < 1e-5
+
+
+def test_cross_attention(found):
+  assert found['crossed'].keys() == {'16', '13'}
+  assert max(found['crossed'].values()) < 1e-5
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_be_served_is_said_when_a_run_is_built(name, found):
+  """By shapes alone, before anything is compiled."""
+  said = found['refused'][name]
+  assert said.startswith(f'strategy={name!r} cannot serve this: ')
+  assert REFUSED[name][-1] in said
+  assert said.endswith(' can')  # what serves it
 
 
 def test_what_cannot_go_round_is_not_sent_round(found):

@@ -74,9 +74,10 @@ CORE = types.SimpleNamespace(
   gated=recurrence.gated,
   delta=delta.delta,
   scan=ssm.scan,
+  dense=ssm.dense,
   keys_in_range=features.keys_in_range,
   short=conv.short,
-  by_channel=lambda engine, x, *weights: engine(x, *weights),
+  fft=conv.fft,
 )
 
 
@@ -92,6 +93,10 @@ def scan(of, arrays, weights, state, places):
   return of.scan(*arrays, *weights, state=state, **places)
 
 
+def dense(of, arrays, weights, state, places):
+  return of.dense(*arrays, *weights), ()
+
+
 def peak(of, arrays, weights, state, places):
   *o, state = of.keys_in_range(*arrays, peak=state, **places)
   return o, state
@@ -102,8 +107,7 @@ def short(of, arrays, weights, state, places):
 
 
 def fft(of, arrays, weights, state, places):
-  convolve = lambda x, h: conv.fft(x, h.T)
-  return of.by_channel(convolve, *arrays, *weights), ()
+  return of.fft(*arrays, *weights), ()
 
 
 def cases(length=T, b=B, d=D, e=E, m=M):
@@ -140,18 +144,24 @@ def cases(length=T, b=B, d=D, e=E, m=M):
     'delta': Case(rule, [q, unit, v, beta], [], state),
     'gated_delta': Case(rule, [q, unit, v, beta, gate[..., 0]], [], state),
     'scan': Case(scan, [u], bank, memory),
+    'dense': Case(dense, [u], bank, None),
     'peak': Case(peak, [3 * normal(b, length, H, R)], [], normal(b, H)),
     'long': Case(short, [u], taps(LONG), normal(b, LONG - 1, m)),
     'short': Case(short, [u], taps(SHORT), normal(b, SHORT - 1, m)),
-    'fft': Case(fft, [u], [normal(m, 9)], None),
+    # Filters that reach beyond the neighbour, and all of its part.
+    'fft': Case(fft, [u], taps(length // DEVICES + 7), None),
+    'near': Case(fft, [u], taps(T // DEVICES + 1), None),
   }
 
 
+UNMASKED = ('dense', 'fft', 'near')
+
+
 def compared():
-  """Names of cases, with masks and without; an FFT knows of none."""
+  """Names of cases, with masks and without if they know of any."""
   for name in cases():
     yield name, False
-    if name != 'fft':
+    if name not in UNMASKED:
       yield name, True
 
 
@@ -266,9 +276,9 @@ BF16 = jnp.bfloat16
 STEADY = {  # 'channel' and 'short' have what there is to 'head' and 'long'
   jnp.float32: (
     *('plain', 'channel', 'delta', 'gated_delta'),
-    *('scan', 'short', 'fft'),
+    *('scan', 'dense', 'short', 'fft', 'near'),
   ),
-  BF16: ('plain', 'long'),
+  BF16: ('plain', 'long', 'gated_delta', 'dense'),
 }
 EPS = float(jnp.finfo(jnp.float32).eps)
 
@@ -321,8 +331,11 @@ def results(run, name, dtype, wide=False):
   }
 
 
-def modes(u, log_a, b_bar, c, *, state):
-  """`ssm.scan` token by token."""
+def modes(u, log_a, b_bar, c, *, state=None):
+  """`ssm.scan` token by token, and from no state `ssm.dense`."""
+  if state is None:
+    nothing = jnp.zeros((len(u), *log_a.shape), log_a.dtype)
+    return modes(u, log_a, b_bar, c, state=nothing)[0]
 
   def step(x, u):
     x = jnp.exp(log_a) * x + b_bar * u[..., None]
@@ -334,7 +347,8 @@ def modes(u, log_a, b_bar, c, *, state):
 
 EXACT = types.SimpleNamespace(
   **vars(CORE)
-  | {'gated': recurrence.recurrent, 'delta': delta.recurrent, 'scan': modes}
+  | {'gated': recurrence.recurrent, 'delta': delta.recurrent}
+  | {'scan': modes, 'dense': modes}
 )
 
 
@@ -520,6 +534,14 @@ MUTANTS = {
   'own tokens twice': (agree, 'delta', True, *ENTER, of_its_own),
   'no gradient across': (agree, 'scan', True, *ENTER, no_gradient),
   'start ignored': (agree, 'channel', True, *GATED, no_starts),
+  'nothing enters a dense row': (
+    agree,
+    'dense',
+    False,
+    ssm,
+    'echo',
+    lambda echo: lambda *args: 0 * echo(*args),
+  ),
   'start ignored by modes': (agree, 'scan', True, *MODES, no_starts),
   'start ignored by the peak': (
     agree,
@@ -546,6 +568,14 @@ MUTANTS = {
     halo,
     'extend',
     lambda extend: lambda x, *_: jnp.zeros_like(x),
+  ),
+  'nothing enters a filter': (
+    agree,
+    'near',
+    False,
+    prefix,
+    '_last',
+    lambda last: lambda *args: 0 * last(*args),
   ),
   'no transition': (
     agree,
@@ -634,7 +664,7 @@ def main():
     how = f'{name}{", masked" * masked}'
     found[how] = wrong(agree, name, masked)
     # Tails of dense rows are sent in another way; all else is the same.
-    if name == 'short' or masked:
+    if name in ('short', 'dense', 'near') or masked:
       found[f'bytes: {how}'] = wrong(constant, name, masked)
   for dtype, names in STEADY.items():
     for name in names:

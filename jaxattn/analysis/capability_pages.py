@@ -112,8 +112,9 @@ def _can(fragments) -> list[Part]:
     'mask: `halo` (the last keys of the neighbour), `ulysses` (heads for '
     'time), `gather` (of all keys), `ring` (keys travel), and '
     '`hybrid` (a ring of groups that exchange). `prefix` sends a state and '
-    'what becomes of it, whatever the length; `channels` exchanges channels '
-    'for time.'
+    'what becomes of it, whatever the length, and before that a short '
+    "convolution takes the neighbour's last tokens; `channels` exchanges "
+    'channels for time, unless filters end within the neighbour.'
   )
   return [text, Table(head, _grouped(fragments, row), 'llccccccc')]
 

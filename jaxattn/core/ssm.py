@@ -73,9 +73,35 @@ def kernel(log_a, b_bar, c, length):
 def convolve(u, kernel):
   """Causal convolution of u 'b t m' with kernel 't m', by FFT.
 
-  For a dense row that starts from a zero state; `scan` does the rest.
+  For a dense row that starts from a zero state; `dense` and `scan` do the rest.
   """
   return conv.fft(u, kernel)
+
+
+def echo(state, log_a, c, length):
+  """What a state gives if nothing more comes, real 'b length m'.
+
+  It is the zero-input response, 2 Re sum_n c exp((l + 1) log_a) x; exponentials
+  are laid out as in `kernel`.
+
+  Args:
+    state: x, 'b m n' complex.
+    log_a: dt a, 'm n' complex.
+    c: how the modes are read, 'm n' complex.
+    length: how many tokens come after the state.
+  """
+  rows, columns = _powers(log_a, length)
+  rows = rows * (state * c * jnp.exp(log_a))[..., None]
+  square = _real_product('bmni,mnj->bijm', rows, columns)
+  return 2 * square.reshape(len(square), -1, square.shape[-1])[:, :length]
+
+
+def dense(u, log_a, b_bar, c, *, state=None):
+  """`scan` without pads and segments, by FFT: y 'b t m' alone."""
+  y = convolve(u, kernel(log_a, b_bar, c, u.shape[1]))
+  if state is None:
+    return y
+  return y + echo(state, log_a, c, u.shape[1]).astype(y.dtype)
 
 
 def scan(u, log_a, b_bar, c, *, state=None, valid=None, starts=None, chunk=64):

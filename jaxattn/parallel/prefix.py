@@ -32,8 +32,9 @@ is the one after the device's own tokens.
 
 Nor are errors larger. An output is the engine's, from the state that enters:
 what a part makes of nothing, and what it makes of the state, are never rounded
-apart and added up. So the delta rule goes through its tokens twice, which takes
-more time; to keep what each token reads of the state would cost memory.
+to the tokens' type apart, and added up. So the delta rule goes through its
+tokens twice, which takes more time; to keep what each token reads of the state
+would cost memory.
 """
 
 import jax
@@ -68,6 +69,19 @@ def scan(u, log_a, b_bar, c, *, state=None, valid=None, starts=None):
   state = enter(_before(state, effect[1]), effect, _fade)
   y, state = ssm.scan(wide, *driven, bank[2], state=state, **places)
   return y.astype(u.dtype), state
+
+
+def dense(u, log_a, b_bar, c):
+  """`ssm.dense`, with its arguments and results; a device transforms its own.
+
+  What it makes of the state is added in what is wide, and rounded once.
+  """
+  bank = _varying((log_a, b_bar, c), u)
+  if sequence.parts(u) == 1:
+    return ssm.dense(u, *bank)
+  (wide, *driven), effect = _read_twice(ssm.effect, {}, u, *bank[:2])
+  state = enter(_before(None, effect[1]), effect, _fade)
+  return ssm.dense(wide, *driven, bank[2], state=state).astype(u.dtype)
 
 
 def delta(
@@ -122,12 +136,7 @@ def _tail(x, kernel, tail, valid, starts):
   """The last tokens before this part, 'b w-1 m'."""
   t, size = x.shape[1], kernel.shape[0] - 1
   if tail is None and valid is None and starts is None and t >= size:
-    # The neighbour has them all.
-    last, reason = x[:, -size:], 'no tap reaches beyond the neighbour'
-    sent = place.size(last)
-    strategy = Strategy('halo', reason, 1, sent, sent)
-    say('a short convolution', sequence.parts(x), strategy)
-    return halo.extend(last, meshes.SEQ, size)[:, :size]
+    return _last(x, size)  # the neighbour has them all
   _, own = conv.short(x, kernel, valid=valid, starts=starts)
   count = t if valid is None else jnp.sum(valid, axis=1, keepdims=True)
   # All that came before a segment moves out when it begins.
@@ -141,6 +150,29 @@ def _tail(x, kernel, tail, valid, starts):
     return jnp.take_along_axis(tail, at[..., None], axis=1) + own
 
   return enter(_before(tail, own), (moves, own), then)
+
+
+def fft(x, kernel):
+  """`conv.fft`, with its arguments and results.
+
+  Where filters end within the neighbour's part, its last tokens are sent;
+  where they reach further, channels are exchanged for time.
+  """
+  size = kernel.shape[0] - 1
+  if sequence.parts(x) == 1 or size > x.shape[1]:
+    return by_channel(lambda x, h: conv.fft(x, h.T), x, kernel.T)
+  kernel, wide = _varying(kernel, x), _wide(x)
+  y = conv.fft(jnp.concatenate([_last(wide, size), wide], axis=1), kernel)
+  return y[:, size:].astype(x.dtype)
+
+
+def _last(x, size):
+  """The last tokens of the part before, 'b size m', and zeros at the first."""
+  last = x[:, x.shape[1] - size :]
+  sent, reason = place.size(last), 'no tap reaches beyond the neighbour'
+  strategy = Strategy('halo', reason, int(size > 0), sent, sent)
+  say('a convolution', sequence.parts(x), strategy)
+  return halo.extend(last, meshes.SEQ, size)[:, :size]
 
 
 def by_channel(engine, x, *weights):

@@ -22,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxattn.core import conv
 from jaxattn.mixer import Mixer
 from jaxattn.nn import Linear
 from jaxattn.parallel import place, prefix, sequence
@@ -42,13 +41,12 @@ def reference(params, x, **_):
 
 def attend(x, tokens, memory, kernel):
   """h * x by FFT if a dense row is all there is, else lag by lag."""
-  convolve = conv.fft
   # Where no segment begins, pads can but fill up a dense row at its end.
-  if tokens.starts is not None:
-    segments = sequence.everywhere(tokens.segments)
-    convolve = lambda x, kernel: lag_by_lag(x, segments, kernel)
-  y = prefix.by_channel(lambda x, h: convolve(x, h.T), x, kernel.T)
-  return y, None
+  if tokens.starts is None:
+    return prefix.fft(x, kernel), None
+  segments = sequence.everywhere(tokens.segments)
+  by_lags = lambda x, h: lag_by_lag(x, segments, h.T)
+  return prefix.by_channel(by_lags, x, kernel.T), None
 
 
 def lag_by_lag(x, segments, kernel):

@@ -52,8 +52,7 @@ def attend(u, tokens, memory, a, c, log_dt):
   log_a, b_bar = ssm.discretise(a, jnp.ones_like(a), log_dt)
   # Where no segment begins, pads can but fill up a dense row at its end.
   if memory is None and tokens.starts is None:
-    convolve = lambda u, *bank: ssm.convolve(u, ssm.kernel(*bank, u.shape[1]))
-    return prefix.by_channel(convolve, u, log_a, b_bar, c), None
+    return prefix.dense(u, log_a, b_bar, c), None
   z, state = prefix.scan(
     u,
     log_a,
@@ -79,7 +78,7 @@ class S4D(Mixer):
   dt_min: float = 1e-3
   dt_max: float = 1e-1
 
-  strategies = ('prefix', 'channels')
+  strategies = ('prefix',)
 
   def check(self, width):
     if self.modes < 1 or not 0 < self.dt_min <= self.dt_max:
