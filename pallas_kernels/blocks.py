@@ -57,6 +57,7 @@ class Tile:
     clear: parts of tiles that need no mask.
     masked: parts of those that do, if others.
     wide: parts of both where rows are wider than 128 in bfloat16, if others.
+    whole: bytes of the longest row whose tile is not halved on both sides.
   """
 
   q: int
@@ -64,11 +65,13 @@ class Tile:
   clear: Parts | None = None
   masked: Parts | None = None
   wide: Parts | None = None
+  whole: int = 256
 
 
 # Found by static schedules, see docs/benchmarks/flash_tpu.md: of those that
 # spill nothing on v5e, v5p and v6e, the ones with fewest bundles; v4 and TPU7x
-# have those of the same matrix units.
+# have those of the same matrix units. A wide row's tile is whole where VMEM and
+# registers hold it: v4 has 16 MiB, and forward v5e would spill.
 TPU = {
   'TPU v4': {
     'forward': Tile(2048, 512, Parts(64, 128), Parts(128, 128)),
@@ -76,19 +79,27 @@ TPU = {
   },
   'TPU v5 lite': {  # v5e
     'forward': Tile(2048, 512, Parts(64, 128), Parts(128, 128)),
-    'backward': Tile(1024, 512, Parts(512, 256), wide=Parts(256, 128)),
+    'backward': Tile(
+      1024, 512, Parts(512, 256), wide=Parts(512, 128), whole=512
+    ),
   },
   'TPU v5': {  # v5p
     'forward': Tile(2048, 512, Parts(64, 128), Parts(128, 128)),
-    'backward': Tile(1024, 512, Parts(512, 256), wide=Parts(256, 128)),
+    'backward': Tile(
+      1024, 512, Parts(512, 256), wide=Parts(512, 128), whole=512
+    ),
   },
   'TPU v6 lite': {  # v6e
     'forward': Tile(2048, 512, Parts(128, 256, 512), Parts(96, 256, 512)),
-    'backward': Tile(1024, 512, Parts(256, 256), wide=Parts(128, 256)),
+    'backward': Tile(
+      1024, 512, Parts(256, 256), wide=Parts(512, 256), whole=512
+    ),
   },
   'TPU7x': {
     'forward': Tile(2048, 512, Parts(128, 256, 512), Parts(96, 256, 512)),
-    'backward': Tile(1024, 512, Parts(512, 256), wide=Parts(128, 256)),
+    'backward': Tile(
+      1024, 512, Parts(512, 256), wide=Parts(512, 256), whole=512
+    ),
   },
 }
 OTHERS = 'TPU v5'  # whose blocks are taken where the chip is not known
@@ -104,17 +115,23 @@ LANES = 128
 
 
 def tile(
-  blocks: Blocks, direction: str, t: int, s: int, row: int = 256
+  blocks: Blocks,
+  direction: str,
+  t: int,
+  s: int,
+  row: int = 256,
+  small: bool = False,
 ) -> Tile:
   """The tile for t queries and s keys; what is asked is rounded up to 128.
 
   It depends on the chip, see `chip`.
 
   row is the size in bytes of a query or a key, whichever is larger: the larger,
-  the smaller the tile, for all has to fit in the 16 MiB of VMEM of a v4.
+  the smaller the tile, for all has to fit in VMEM. small says that there is
+  something else for which it should be smaller.
   """
   best = TPU.get(chip(), TPU[OTHERS])[direction]
-  less = 1 if row <= 256 else 2
+  less = 2 if small or row > best.whole else 1
 
   def side(asked, length, most):
     """Of the sides within `most`, the one that needs the least padding."""
@@ -125,6 +142,6 @@ def tile(
   # Half of a tile on the diagonal is in vain: it should not be half of all.
   most = min(best.q, max(1024, t // 4))
   q, k = side(blocks.q, t, most), side(blocks.k, s, best.k)
-  wide = best.wide if less > 1 else None
+  wide = best.wide if less > 1 or row > 256 else None
   clear, masked = wide or best.clear, wide or best.masked or best.clear
   return Tile(q, k, clear.within(q, k), masked.within(q, k))

@@ -31,7 +31,7 @@ def test_chosen_blocks(chip):
   [
     ('forward', 'v6e', 128, (2048, 512)),
     ('backward', 'v5p', 128, (1024, 512)),
-    ('backward', 'v5e', 256, (512, 256)),
+    ('backward', 'v5e', 256, (1024, 512)),
   ],
 )
 def test_chosen_blocks_spill_nothing(direction, chip, width, tile):

@@ -139,13 +139,12 @@ class Plan:
 def make(rule: Rule, q, k, v, extras, query, key, direction) -> Plan:
   (_, t, _, d), (_, s, _, e) = q.shape, v.shape
   row = max(d, e) * q.dtype.itemsize
-  # A tile of the bias, and of its gradient, takes room as wide rows do.
-  row = row if extras.bias is None else max(row, 512)
   # In float32 a product is six, and a tile a program six times as long to
   # compile; of few tiles half of those on the diagonal are computed in vain.
-  if q.dtype == jnp.float32 and max(t, s) <= SHORT:
-    row = max(row, 512)
-  sides = tile(rule.blocks, direction, t, s, row)
+  long = q.dtype == jnp.float32 and (row > 256 or max(t, s) <= SHORT)
+  # A tile of the bias, and of its gradient, takes room as wide rows do.
+  small = long or extras.bias is not None
+  sides = tile(rule.blocks, direction, t, s, row, small)
   return Plan(**known(rule, q, k, v, extras, query, key, sides))
 
 
