@@ -314,6 +314,21 @@ class TestCompiled:
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize('compiler', ['h200'], indirect=True)
+def test_gpus_are_planned_too(compiler):
+  config = long_context.get_config('quick,ring').to_dict()
+  config['policy']['implementation'] = 'xla'
+  config['model']['depth'] = 1
+  made = planned.plan(config, 'h200:2', 1024)
+  assert (made.fits, made.devices) == (True, 2)
+  assert made.needs == sum(made.held.values())
+  weights = 4 * made.parameters / 2
+  assert weights <= made.held['parameters'] < 1.1 * weights
+  assert made.strategies[0].startswith('ring (asked for)')
+  assert made.sent > 0
+
+
+@pytest.mark.aot
 @pytest.mark.usefixtures('compiler')
 class TestMillion:
   """7B parameters, a million tokens, 256 chips."""
