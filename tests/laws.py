@@ -5,7 +5,9 @@ Each takes a `Subject`: a mechanism, one set of its fields, inputs and weights.
 `test_mutants.py` runs each on mixers that are broken on purpose, which it must
 reject.
 
-Shapes are few and splits are data, so that each law compiles a program or two.
+Shapes are few and splits are data, so that each law compiles a program or two;
+laws share those that a subject keeps. What depends on the class alone, and not
+on its fields, is found out once for each class.
 """
 
 import functools
@@ -29,6 +31,8 @@ from jaxattn.typing import PyTree
 WIDTH = 12
 BATCH = 2
 LENGTH = 13  # prime, longer than twice any window in the examples
+PADS = 5
+PACKED = LENGTH + PADS  # of all rows with a packing, so that one program serves
 # Two orders of summation of the same float32 numbers: at most this far apart,
 # relative to the RMS of the exact result.
 ROUNDING = 1e-5
@@ -45,20 +49,21 @@ class Subject:
     self.module = module
     self.spec = spec or module.SPEC
     self.fields = dict(fields)
+    self.traced = 0  # how often `value_and_grads` was
     self.mixer = cls(width=WIDTH, **fields)
+    init = jax.jit(self.mixer.init)
     for seed in range(7, 27):
       keys = jax.random.split(jax.random.key(seed), 4)
       self.x = jax.random.normal(keys[0], (BATCH, LENGTH, WIDTH))
       self.cotangent = jax.random.normal(keys[1], self.x.shape)
-      self.variables = self._variables(keys[2:])
+      self.variables = self._variables(init(keys[2], self.x), keys[3])
       if np.min(self.margin(self.x)) > MARGIN:
         return
     raise ValueError(f'{fields}: no inputs whose choices are clear by {MARGIN}')
 
-  def _variables(self, keys):
-    variables = jax.jit(self.mixer.init)(keys[0], self.x)
+  def _variables(self, variables, key):
     leaves, tree = jax.tree.flatten(variables['params'])
-    noise = jax.random.split(keys[1], len(leaves))
+    noise = jax.random.split(key, len(leaves))
     params = jax.tree.unflatten(
       tree,
       [
@@ -82,6 +87,7 @@ class Subject:
     """
 
     def loss(params, x, rest, packing, cotangent):
+      self.traced += 1
       y = self.y({**rest, **params}, x, packing)
       return jnp.sum(y * cotangent), y
 
@@ -99,6 +105,49 @@ class Subject:
   def dense(self):
     """y and gradients of the dense rows: what most laws compare with."""
     return self.value_and_grads(self.variables, self.x, None, self.cotangent)
+
+  @functools.cached_property
+  def longer(self):
+    """x and cotangent of PACKED tokens: after the last, the first again."""
+    again = lambda a: np.concatenate([a, a[:, : PACKED - LENGTH]], axis=1)
+    return again(self.x), again(self.cotangent)
+
+  @functools.cached_property
+  def influence(self):
+    """(variables, x, packing) -> y, and how strongly it reacts, one program.
+
+    Of one row: how strongly output t reacts to input s is number (t, s).
+    """
+
+    @jax.jit
+    def both(variables, x, packing):
+      y, back = jax.vjp(lambda x: self.y(variables, x, packing), x)
+      at = jnp.eye(LENGTH)[:, None, :, None] * self.cotangent[:1]
+      (grads,) = jax.vmap(back)(at.astype(y.dtype))
+      return y, jnp.max(jnp.abs(grads[:, 0]), axis=-1)
+
+    return both
+
+  @functools.cached_property
+  def naive(self):
+    """(params, x, cotangent) -> y and gradients of the mechanism's formula.
+
+    A program for each type of its inputs, which all is computed in.
+    """
+    formula = self.reference()
+
+    def loss(params, x, cotangent):
+      y = formula(params, x)
+      return jnp.sum((y * cotangent).astype(jnp.float32)), y
+
+    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+
+    @jax.jit
+    def both(params, x, cotangent):
+      grads, y = grad(params, x, cotangent)
+      return y, grads
+
+    return both
 
   def reference(self):
     """The mechanism's own formula with the mixer's fields, as f(params, x)."""
@@ -137,8 +186,11 @@ class Subject:
     """Where a mechanism chooses (top-k): how clear each token's choice is."""
     if not hasattr(self.module, 'margin'):
       return np.full(x.shape[:2], np.inf)
-    margin = self.formula(self.module.margin)
-    return np.asarray(margin(self.variables['params'], x))
+    return np.asarray(self._margin(self.variables['params'], x))
+
+  @functools.cached_property
+  def _margin(self):
+    return jax.jit(self.formula(self.module.margin))
 
   def mixer_fields(self):
     skip = ('width', 'policy', 'parent', 'name')
@@ -209,21 +261,14 @@ def reference(subject: Subject) -> None:
   luck: so the naive error is the largest of three draws, for gradients are
   linear in the cotangent and multiples of it round differently.
   """
-  formula = subject.reference()
-
-  def both(params, x, cotangent):
-    loss = lambda params, x: jnp.sum(formula(params, x) * cotangent)
-    grads = jax.grad(loss, argnums=(0, 1))(params, x)
-    return formula(params, x), grads
-
   inputs = (subject.variables['params'], subject.x, subject.cotangent)
   draws = [
-    (scale, jax.jit(both)(*inputs[:2], scale * inputs[2]))
+    (scale, subject.naive(*inputs[:2], scale * inputs[2]))
     for scale in (1.0, 0.7, 1.3)
   ]
   with jax.enable_x64(True):
     wide = jax.tree.map(lambda a: np.asarray(a, np.float64), inputs)
-    exact = jax.tree.map(np.asarray, jax.jit(both)(*wide))
+    exact = jax.tree.map(np.asarray, subject.naive(*wide))
   y, (variables, x) = subject.dense
   fast = (y, (variables['params'], x))
 
@@ -261,26 +306,18 @@ def causality(subject: Subject) -> None:
 
 
 def _sees_no_future(subject: Subject, packing, rounds: bool) -> None:
-  variables, x = subject.variables, subject.x[:1]
-
-  @jax.jit
-  def influence(x):
-    """How strongly output t reacts to input s: (t, s)."""
-    y, back = jax.vjp(lambda x: subject.y(variables, x, packing), x)
-    at = jnp.eye(LENGTH)[:, None, :, None] * subject.cotangent[:1]
-    (grads,) = jax.vmap(back)(at.astype(y.dtype))
-    return jnp.max(jnp.abs(grads[:, 0]), axis=-1)
-
-  matrix = np.asarray(influence(x))
+  x = subject.x[:1]
+  run = lambda x: map(
+    np.asarray, subject.influence(subject.variables, x, packing)
+  )
+  before, matrix = run(x)
   allowed = 1e-6 * np.max(matrix) if rounds else 0.0
   future = np.max(np.triu(matrix, 1))
   assert future <= allowed, f'an output reacts to a later input by {future:.1e}'
   assert np.all(np.diag(matrix) > allowed), 'an output ignores its own input'
 
-  y = jax.jit(subject.y)
-  before = np.asarray(y(variables, x, packing))
   for at in (0, LENGTH // 2, LENGTH - 1):
-    after = np.asarray(y(variables, x.at[:, at].add(1.0), packing))
+    after, _ = run(x.at[:, at].add(1.0))
     if rounds:
       assert apart(after[:, :at], before[:, :at]) <= 1e-6, 'the past moves'
     else:
@@ -294,8 +331,9 @@ def _sees_no_future(subject: Subject, packing, rounds: bool) -> None:
 def segmentation(subject: Subject) -> None:
   """Cutting a stream anywhere, and handing on the state, changes nothing."""
   _cut_by_data(subject)
-  _cut_by_shape(subject)
-  _step_by_step(subject)
+  final = _uncut(subject)
+  _cut_by_shape(subject, final)
+  _step_by_step(subject, final)
 
 
 def _cut_by_data(subject: Subject, chunks: int = 4) -> None:
@@ -353,38 +391,42 @@ def _cut_by_data(subject: Subject, chunks: int = 4) -> None:
     assert_close(state, final, 'final state' + where)
 
 
-def _cut_by_shape(subject: Subject) -> None:
-  """Exact shapes, packing=None, and the rows reordered at the cut as beams."""
+def _uncut(subject: Subject) -> PyTree:
+  """A call without a state may still ask for the one that it ends in."""
+  call = functools.partial(subject.__call__, return_state=True)
+  y, state = jax.jit(call)(subject.variables, subject.x)
+  assert_close(y, subject.dense[0], 'y of a call that returns a state')
+  return state
+
+
+def _cut_by_shape(subject: Subject, final: PyTree) -> None:
+  """Exact shapes, packing=None, and the rows reordered at each cut as beams.
+
+  Chunks of no token stand at both ends. That a whole chunk may follow the first
+  is in `_uncut`, whose call begins with such a state.
+  """
+  cuts, swap = (0, 0, 5, LENGTH, LENGTH), jnp.arange(BATCH)[::-1]
+
+  @jax.jit
+  def split(variables, x):
+    state, parts = subject.mixer.init_state(BATCH, LENGTH), []
+    for begin, end in itertools.pairwise(cuts):
+      x, state, parts = jax.tree.map(lambda a: a[swap], (x, state, parts))
+      y, state = subject(
+        variables, x[:, begin:end], state=state, return_state=True
+      )
+      parts.append(y)
+    return parts, state
+
+  parts, state = split(subject.variables, subject.x)
+  assert [part.shape[1] for part in parts] == list(np.diff(cuts))
+  assert len(parts) % 2 == 0  # rows are where they were
   y, _ = subject.dense
-  swap = jnp.arange(BATCH)[::-1]
-
-  @functools.partial(jax.jit, static_argnums=2)
-  def split(variables, x, at):
-    state = subject.mixer.init_state(BATCH, LENGTH)
-    first, state = subject(variables, x[:, :at], state=state, return_state=True)
-    state = jax.tree.map(lambda a: a[swap], state)
-    second, state = subject(
-      variables, x[swap, at:], state=state, return_state=True
-    )
-    return first, second[swap], state
-
-  for at in (0, 5, LENGTH - 1, LENGTH):
-    first, second, _ = split(subject.variables, subject.x, at)
-    assert first.shape[1] == at
-    got = np.concatenate([first, second], axis=1)
-    assert_close(got, y, f'y with rows swapped at {at}')
-
-  # Without a state a call may still ask for the one that it ends in.
-  whole, state = jax.jit(
-    functools.partial(subject.__call__, return_state=True)
-  )(subject.variables, subject.x)
-  assert_close(whole, y, 'y of a call that returns a state')
-  _, _, final = split(subject.variables, subject.x, LENGTH)
-  swapped = jax.tree.map(lambda a: a[swap], final)
-  assert_close(state, swapped, 'state of a call without one')
+  assert_close(np.concatenate(parts, axis=1), y, 'y with rows swapped at cuts')
+  assert_close(state, final, 'final state with rows swapped at cuts')
 
 
-def _step_by_step(subject: Subject) -> None:
+def _step_by_step(subject: Subject, final: PyTree) -> None:
   """One token at a time: decoding."""
   y, _ = subject.dense
 
@@ -397,10 +439,13 @@ def _step_by_step(subject: Subject) -> None:
       return state, y[:, 0]
 
     state = subject.mixer.init_state(BATCH, LENGTH)
-    _, y = jax.lax.scan(step, state, jnp.moveaxis(x, 1, 0))
-    return jnp.moveaxis(y, 0, 1)
+    state, y = jax.lax.scan(step, state, jnp.moveaxis(x, 1, 0))
+    return jnp.moveaxis(y, 0, 1), state
 
-  assert_close(steps(subject.variables, subject.x), y, 'y step by step')
+  got, state = steps(subject.variables, subject.x)
+  assert_close(got, y, 'y step by step')
+  # So a step may also follow what a longer chunk leaves.
+  assert_close(state, final, 'final state step by step')
 
 
 def state_bytes(subject: Subject) -> None:
@@ -414,11 +459,10 @@ def state_bytes(subject: Subject) -> None:
 
 # --------------------------------------------------------------------- padding
 
-PADS = 5
 # Where the real tokens of the two rows stand among the pads.
 PLACES = {
   'right': [range(LENGTH), range(LENGTH)],
-  'left': [range(PADS, LENGTH + PADS)] * 2,
+  'left': [range(PADS, PACKED)] * 2,
   'both': [range(2, LENGTH + 2), range(4, LENGTH + 4)],
   'inside': [
     [i + (i > 2) + 3 * (i > 7) for i in range(LENGTH)],
@@ -435,7 +479,7 @@ def padding(subject: Subject) -> None:
     at = np.array([list(row) for row in places])
 
     def spread(values, fill, at=at):
-      wide = np.full((BATCH, LENGTH + PADS, *values.shape[2:]), fill)
+      wide = np.full((BATCH, PACKED, *values.shape[2:]), fill)
       wide[rows, at] = values
       return wide.astype(values.dtype)
 
@@ -461,12 +505,12 @@ def padding(subject: Subject) -> None:
       got_variables, grad_variables, f'{name} pads: gradient', 10 * ROUNDING
     )
 
-  nothing = Packing(*np.zeros((2, BATCH, LENGTH + PADS), np.int32))
+  nothing = Packing(*np.zeros((2, BATCH, PACKED), np.int32))
   y, grads = subject.value_and_grads(
     subject.variables,
-    np.full((BATCH, LENGTH + PADS, WIDTH), np.nan, np.float32),
+    np.full((BATCH, PACKED, WIDTH), np.nan, np.float32),
     nothing,
-    np.ones((BATCH, LENGTH + PADS, WIDTH), np.float32),
+    np.ones((BATCH, PACKED, WIDTH), np.float32),
   )
   for leaf in jax.tree.leaves((y, grads)):
     assert not np.any(leaf), 'rows of pads alone give something'
@@ -477,14 +521,15 @@ def padding(subject: Subject) -> None:
 
 def packing(subject: Subject) -> None:
   """Documents that share a row do not see each other, gradients included."""
-  cuts = [(0, 4, 9, LENGTH), (0, 1, 12, LENGTH)]
-  segments = np.zeros((BATCH, LENGTH), np.int32)
+  cuts = [(0, 4, 9, PACKED), (0, 1, 12, PACKED)]
+  segments = np.zeros((BATCH, PACKED), np.int32)
   for row, ends in enumerate(cuts):
     for i, (begin, end) in enumerate(itertools.pairwise(ends)):
       segments[row, begin:end] = i + 1
   together = Packing.from_segments(segments)
+  x, cotangent = subject.longer
   y, (grad_variables, grad_x) = subject.value_and_grads(
-    subject.variables, subject.x, together, subject.cotangent
+    subject.variables, x, together, cotangent
   )
 
   # Each document alone: the i-th of both rows, padded on the right.
@@ -492,15 +537,15 @@ def packing(subject: Subject) -> None:
   for i in range(3):
     begin = np.array([[ends[i]] for ends in cuts])
     length = np.array([[ends[i + 1] - ends[i]] for ends in cuts])
-    alone = Packing.from_lengths(length[:, 0], LENGTH)
-    at = np.minimum(begin + np.arange(LENGTH), LENGTH - 1)[..., None]
+    alone = Packing.from_lengths(length[:, 0], PACKED)
+    at = np.minimum(begin + np.arange(PACKED), PACKED - 1)[..., None]
     take = lambda a, at=at: np.take_along_axis(np.asarray(a), at, axis=1)
-    own = (np.arange(LENGTH) < length)[..., None]
+    own = (np.arange(PACKED) < length)[..., None]
     want, (got_variables, want_x) = subject.value_and_grads(
       subject.variables,
-      take(subject.x),
+      take(x),
       alone,
-      np.where(own, take(subject.cotangent), 0),
+      np.where(own, take(cotangent), 0),
     )
     assert_close(
       np.where(own, take(y), 0), np.where(own, want, 0), f'document {i}: y'
@@ -528,7 +573,7 @@ def batch(subject: Subject) -> None:
   )
   assert_same(got[0], y[0], 'first row, beside another second row')
   assert not np.any(np.asarray(grad_x)[1:]), 'another row gets a gradient'
-  alone = jax.jit(subject.y)(subject.variables, subject.x[:1], None)
+  alone, _ = subject.influence(subject.variables, subject.x[:1], None)
   assert_close(alone, y[:1], 'a row alone')
 
 
@@ -537,19 +582,21 @@ def batch(subject: Subject) -> None:
 
 def layout(subject: Subject) -> None:
   """Tokens may lie in any order, if their packing lies in the same."""
-  segments = np.array([[1] * 8 + [2] * 3 + [0, 0], [0] + [3] * 12], np.int32)
+  segments = np.array([[1] * 8 + [2] * 3 + [0] * 7, [0] * 6 + [3] * 12])
+  segments = segments.astype(np.int32)
   order = np.asarray(Packing.from_segments(segments).order)
+  x, cotangent = subject.longer
   want, (want_variables, want_x) = subject.value_and_grads(
-    subject.variables, subject.x, Packing(order, segments), subject.cotangent
+    subject.variables, x, Packing(order, segments), cotangent
   )
   rng = np.random.default_rng(5)
-  places = np.stack([rng.permutation(LENGTH) for _ in range(BATCH)])
+  places = np.stack([rng.permutation(PACKED) for _ in range(BATCH)])
   take = lambda a: np.asarray(a)[np.arange(BATCH)[:, None], places]
   got, (got_variables, got_x) = subject.value_and_grads(
     subject.variables,
-    take(subject.x),
+    take(x),
     Packing(take(order), take(segments)),
-    take(subject.cotangent),
+    take(cotangent),
   )
   assert_close(got, take(want), 'y of shuffled tokens')
   assert_close(got_x, take(want_x), 'gradient of x, shuffled', 10 * ROUNDING)
@@ -573,19 +620,17 @@ def bfloat16(subject: Subject) -> None:
     width=WIDTH, policy=Policy(dtype='bfloat16'), **subject.fields
   )
   params, rest = trained(subject.variables)
-  formula = subject.reference()
 
-  def both(f, params, x, cotangent):
+  @jax.jit
+  def fast(params, x, cotangent):
     def loss(params, x):
-      y = f(params, x)
+      y = mixer.apply({**rest, 'params': params}, x).y
       return jnp.sum((y * cotangent).astype(jnp.float32)), y
 
     grads, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-    return jnp.where(cotangent != 0, y, 0), grads
+    return y, grads
 
-  ours = lambda params, x: mixer.apply({**rest, **params}, x).y
-  plain = lambda params, x: formula(params['params'], x)
-  fast, naive = (jax.jit(functools.partial(both, f)) for f in (ours, plain))
+  params = params['params']
   short = jax.tree.map(lambda a: a.astype(half), params)
   errors = []
   for keys in jax.random.split(jax.random.key(17), (DRAWS, 2)):
@@ -593,14 +638,18 @@ def bfloat16(subject: Subject) -> None:
     clear = subject.margin(x.astype(jnp.float32)) > 0.1
     assert np.mean(clear) > 0.2, 'too few tokens are left'
     cotangent = jnp.where(clear[..., None], cotangent, 0)
-    got, rough = fast(params, x, cotangent), naive(short, x, cotangent)
+    got, rough = fast(params, x, cotangent), subject.naive(short, x, cotangent)
     with jax.enable_x64(True):
       wide = jax.tree.map(
         lambda a: np.asarray(a, np.float64), (params, x, cotangent)
       )
-      exact = jax.tree.map(np.asarray, naive(*wide))
+      exact = jax.tree.map(np.asarray, subject.naive(*wide))
     pair = lambda a, b, z: np.array([apart(a, z), apart(b, z)])
-    errors.append(jax.tree.map(pair, got, rough, exact))
+    used = [
+      (np.where(cotangent != 0, y, 0), grads)
+      for y, grads in (got, rough, exact)
+    ]
+    errors.append(jax.tree.map(pair, *used))
   assert got[0].dtype == half, f'y is {got[0].dtype}'
   dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
   assert dtypes(got[1][0]) == dtypes(params), 'gradients change their dtype'
@@ -619,26 +668,31 @@ LONGEST = 65  # a chunk of 64 and one more
 
 def lengths(subject: Subject) -> None:
   """A short input gives what the beginning of a long one gives."""
-  x = jax.random.normal(jax.random.key(11), (1, LONGEST, WIDTH))
-  y = jax.jit(subject.y, compiler_options=QUICK)
-  whole = y(subject.variables, x)
-  for length in LENGTHS:
-    got = y(subject.variables, x[:, :length])
-    assert got.shape == (1, length, WIDTH)
-    assert_close(got, whole[:, :length], f'y of {length} tokens')
+  x = jax.random.normal(jax.random.key(11), (BATCH, LONGEST, WIDTH))
+  cotangent = np.array(jax.random.normal(jax.random.key(12), x.shape))
+  cotangent[:, 17:] = 0
+  whole, (params, grad_x) = subject.value_and_grads(
+    subject.variables, x, None, cotangent
+  )
 
   @functools.partial(jax.jit, compiler_options=QUICK)
-  def grads(variables, x):
-    params, rest = trained(variables)
-    loss = lambda params, x: jnp.sum(
-      jnp.sin(subject.y({**rest, **params}, x)[:, :17])
-    )
-    return jax.grad(loss, argnums=(0, 1))(params, x)
+  def short(variables, x):
+    """All of them in one program, in which each is a part of its own."""
+    return [subject.y(variables, x[:, :length]) for length in LENGTHS]
 
-  got_params, got_x = grads(subject.variables, x[:, :17])
-  params, grad_x = grads(subject.variables, x)
+  for length, got in zip(LENGTHS, short(subject.variables, x)):
+    assert got.shape == (BATCH, length, WIDTH)
+    assert_close(got, whole[:, :length], f'y of {length} tokens')
+
+  # Gradients of 17 tokens are had of a row with a pad, see PACKED.
+  _, (got_params, got_x) = subject.value_and_grads(
+    subject.variables,
+    x[:, :PACKED],
+    Packing.from_lengths(np.full(BATCH, 17), PACKED),
+    cotangent[:, :PACKED],
+  )
   assert_close(got_params, params, 'gradient of 17 tokens', 10 * ROUNDING)
-  assert_close(got_x, grad_x[:, :17], 'gradient of x', 10 * ROUNDING)
+  assert_close(got_x[:, :17], grad_x[:, :17], 'gradient of x', 10 * ROUNDING)
 
 
 # --------------------------------------------------------------------- initial
@@ -646,21 +700,7 @@ def lengths(subject: Subject) -> None:
 
 def initial(subject: Subject) -> None:
   """A new layer of default fields keeps the scale, and all of it learns."""
-  cls = type(subject.mixer)
-  mixer = cls(width=64)
-  x = jax.random.normal(jax.random.key(3), (2, 32, 64))
-  cotangent = jax.random.normal(jax.random.key(4), x.shape)
-
-  @functools.partial(jax.jit, compiler_options=QUICK)
-  def both(key, x):
-    params, rest = trained(mixer.init(key, x))
-    loss = lambda params: jnp.sum(
-      mixer.apply({**rest, **params}, x).y * cotangent
-    )
-    return mixer.apply({**rest, **params}, x).y, jax.grad(loss)(params)
-
-  y, grads = both(jax.random.key(5), x)
-  scale = rms(y) / rms(x)
+  scale, grads = _as_new(type(subject.mixer))
   assert 0.2 <= scale <= 5, (
     f'the output has {scale:.2g} times the RMS of the input'
   )
@@ -670,24 +710,50 @@ def initial(subject: Subject) -> None:
     assert rms(grad) > 1e-6, f'{name} gets no gradient'
 
 
+@functools.cache
+def _as_new(cls) -> tuple[float, PyTree]:
+  """RMS of the output over that of the input, and gradients."""
+  mixer = cls(width=64)
+  x = jax.random.normal(jax.random.key(3), (2, 32, 64))
+  cotangent = jax.random.normal(jax.random.key(4), x.shape)
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def both(key, x):
+    params, rest = trained(mixer.init(key, x))
+
+    def loss(params):
+      y = mixer.apply({**rest, **params}, x).y
+      return jnp.sum(y * cotangent), y
+
+    grads, y = jax.grad(loss, has_aux=True)(params)
+    return y, grads
+
+  y, grads = both(jax.random.key(5), x)
+  return rms(y) / rms(x), grads
+
+
 # --------------------------------------------------------------------- tracing
 
 
 def tracing(subject: Subject) -> None:
   """Traced once for a shape; at the size of a 7B model nothing is t x s."""
-  traces = []
-
-  @functools.partial(jax.jit, compiler_options=QUICK)
-  def apply(variables, x, packing):
-    traces.append(None)
-    return subject.y(variables, x, packing)
-
+  before = subject.traced
   for cut in (4, 9):
-    packing = Packing.from_segments([[1] * cut + [2] * (LENGTH - cut)] * BATCH)
-    apply(subject.variables, cut * subject.x, packing)
-  assert len(traces) == 1, 'other values trace anew'
+    packing = Packing.from_segments([[1] * cut + [2] * (PACKED - cut)] * BATCH)
+    x, cotangent = subject.longer
+    subject.value_and_grads(subject.variables, cut * x, packing, cotangent)
+  # None, where another law has come to this shape before.
+  assert subject.traced <= before + 1, 'other values trace anew'
 
-  mixer = type(subject.mixer)(width=4096)
+  peak = _peak(type(subject.mixer))
+  # A mask of t x s bits would be 2^27 bytes.
+  assert peak < 2**26, f'tracing takes {peak / 2**20:.0f} MiB on the host'
+
+
+@functools.cache
+def _peak(cls) -> int:
+  """Bytes on the host that tracing takes at the size of a 7B model."""
+  mixer = cls(width=4096)
   x = jax.ShapeDtypeStruct((1, 2**15, 4096), jnp.float32)
 
   def loss(params, rest, x):
@@ -700,8 +766,7 @@ def tracing(subject: Subject) -> None:
     _, peak = tracemalloc.get_traced_memory()
   finally:
     tracemalloc.stop()
-  # A mask of t x s bits would be 2^27 bytes.
-  assert peak < 2**26, f'tracing takes {peak / 2**20:.0f} MiB on the host'
+  return peak
 
 
 # -------------------------------------------------------------------- sharding
@@ -713,15 +778,24 @@ def sharding(subject: Subject) -> None:
   Needs eight devices; two hold halves of the batch, four a quarter of time. One
   length does not divide.
   """
-  segments = np.array([[1] * 7 + [2] * 6, [0, 0] + [1] * 9 + [0, 2]], np.int32)
-  even, uneven = map(Packing.from_segments, (segments[:, :-1], segments))
-  for packing, mode, length in (
-    (even, 'explicit', LENGTH - 1),
-    (uneven, 'explicit', LENGTH),
-    (None, 'auto', LENGTH - 1),
+  rows = np.array([[1] * 7 + [2] * 6, [0, 0] + [1] * 9 + [0, 2]], np.int32)
+  whole = np.ones_like(rows)
+  for mode, segments, length in (
+    ('explicit', rows, LENGTH - 1),
+    ('explicit', rows, LENGTH),
+    ('auto', whole, LENGTH - 1),
   ):
+    # On one device, tokens beyond the length are pads: so one program serves.
+    kept = np.where(np.arange(LENGTH) < length, segments, 0)
+    y, (grad_variables, grad_x) = subject.value_and_grads(
+      subject.variables,
+      subject.x,
+      Packing.from_segments(kept),
+      subject.cotangent,
+    )
+    want = y[:, :length], (grad_variables, grad_x[:, :length])
     x, cotangent = subject.x[:, :length], subject.cotangent[:, :length]
-    want = subject.value_and_grads(subject.variables, x, packing, cotangent)
+    packing = Packing.from_segments(segments[:, :length])
     mesh = meshes.make(data=2, seq=4, axis_types=mode)
     where = jax.NamedSharding(mesh, place.tokens(BATCH, length, mesh))
     put = lambda a, where=where: jax.device_put(a, where)
@@ -729,7 +803,7 @@ def sharding(subject: Subject) -> None:
       got = subject.value_and_grads(
         subject.variables,
         put(x),
-        None if packing is None else jax.tree.map(put, packing),
+        None if segments is whole else jax.tree.map(put, packing),
         put(cotangent),
       )
     assert not got[0].sharding.is_fully_replicated, f'{mode}: y is whole'
