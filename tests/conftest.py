@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxattn import registry
 from pallas_kernels import chips
+from tests import devices
 
 # Most of the time of these tests is compilation of programs that run for
 # milliseconds. Without LLVM's optimisations, and with the older of two ways to
@@ -24,11 +25,8 @@ if jax.__version_info__ < (0, 11):
   FLAGS.append('--xla_cpu_use_fusion_emitters=false')
 os.environ['XLA_FLAGS'] = ' '.join([*FLAGS, os.environ.get('XLA_FLAGS', '')])
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-# What is compiled is the same from run to run.
-jax.config.update('jax_compilation_cache_dir', str(ROOT / '.jax_cache'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
+jax.config.update('jax_compilation_cache_dir', devices.CACHE)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', devices.KEPT)
 
 
 def pytest_addoption(parser):
@@ -94,7 +92,7 @@ def compiler(request):
 def pytest_xdist_make_scheduler(config, log):
   """Tests that share what takes long to make go to one process.
 
-  Those of a file, or of one example of a mechanism; in the order of collection.
+  Those of a file, or of a mechanism's laws; in the order of collection.
   """
   from xdist.scheduler import LoadScopeScheduling
 
@@ -103,9 +101,9 @@ def pytest_xdist_make_scheduler(config, log):
   class Together(LoadScopeScheduling):
     def _split_scope(self, nodeid):
       file, _, rest = nodeid.partition('::')
-      example = re.search(r'\[(\w+-\d+)', rest)
+      mechanism = re.search(r'\[(\w+)-\d+', rest)
       laws = file.endswith('test_mechanisms.py')
-      return f'{file}-{example[1]}' if laws and example else file
+      return f'{file}-{mechanism[1]}' if laws and mechanism else file
 
   return Together(config, log)
 

@@ -57,8 +57,13 @@ def trained(name, mesh):
 
 def one(workdir):
   """What one process with one device has to say."""
-  mesh = meshes.make()
-  found = {'trained': {name: trained(name, mesh) for name in MESHES}}
+  mesh, known = meshes.make(), {}
+  for name, (mixer, _, _) in MESHES.items():  # the same model comes again
+    if mixer not in known:
+      known[mixer] = trained(name, mesh)
+  found = {
+    'trained': {name: known[mixer] for name, (mixer, *_) in MESHES.items()}
+  }
   found['fit'] = loop.fit(RUN, workdir / 'unbroken')
   found['resumed'] = loop.fit(RUN, workdir / 'copy')
   return found
@@ -75,6 +80,15 @@ def dies(workdir):
       os.kill(os.getpid(), signal.SIGKILL)
 
   loop.fit(RUN, workdir / 'run', progress=progress)
+
+
+def first_dies(workdir):
+  """Process 0 is killed, which all others look to."""
+  processes.agreed(lambda: 0)  # now all are there
+  if processes.first():
+    print('the last words of process 0', flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+  processes.agreed(lambda: 0)
 
 
 class Recorded(MQAR):
@@ -209,7 +223,8 @@ def both(workdir):
 def main(argv):
   workdir = pathlib.Path(flags.FLAGS.workdir)
   with together.connected():
-    found = {'one': one, 'dies': dies, 'both': both}[argv[1]](workdir)
+    runs = {'one': one, 'dies': dies, 'first_dies': first_dies, 'both': both}
+    found = runs[argv[1]](workdir)
     name = f'{argv[1]}-{jax.process_index()}.json'
     (workdir / name).write_text(json.dumps(found))
 
@@ -330,6 +345,15 @@ def test_a_death_is_explained(killed):
   assert 'the same command carries on from the last checkpoint' in ran.stderr
   assert 'last words' not in ran.stdout
   assert (workdir / 'logs/process-0.log').exists()
+
+
+def test_a_death_of_the_first_is_explained(tmp_path):
+  ran = launched(tmp_path, 'first_dies', timeout=TIMEOUT)
+  assert ran.returncode == 1
+  assert 'process 0 was ended by SIGKILL' in ran.stderr
+  assert '| the last words of process 0\n' in ran.stderr
+  after = re.search(r'process 1 .*ended .*, (.*) s later', ran.stderr)
+  assert float(after[1]) <= 2 * TIMEOUT
 
 
 def carried_on(found, result, folder):
