@@ -112,17 +112,23 @@ class Run:
   def bytes(self):
     return self.train.memory_analysis().temp_size_in_bytes
 
-  def losses(self, feed):
+  def start(self):
+    """The first state, on the host."""
+    with jax.set_mesh(self.mesh):
+      return jax.device_get(self.made.init())
+
+  def losses(self, feed, start):
     """Of the first steps, and what the last left."""
     with jax.set_mesh(self.mesh):
-      state, losses = self.made.init(), []
+      where = jax.tree.map(lambda leaf: leaf.sharding, self.made.shapes)
+      state, losses = jax.device_put(start, where), []
       for i in range(STEPS):
         state, metrics = self.train(state, feed.train(i))
         losses.append(float(metrics['loss'][0] / metrics['loss'][1]))
     return losses, state, metrics
 
-  def found(self):
-    losses, state, metrics = self.losses(self.feed)
+  def found(self, start):
+    losses, state, metrics = self.losses(self.feed, start)
     with jax.set_mesh(self.mesh):
       batch = self.feed.test(1)
       scores = self.made.evaluate(state.variables(), batch)
@@ -137,8 +143,8 @@ class Run:
       'chosen': sorted(self.chosen),
     }
 
-  def mutant(self, kind):
-    return self.losses(kind(**vars(self.feed)))[0]
+  def mutant(self, kind, start):
+    return self.losses(kind(**vars(self.feed)), start)[0]
 
 
 def main():
@@ -146,13 +152,14 @@ def main():
   eight = meshes.make(data=1, seq=8)
   found = {}
   for kind in MIXERS:
-    run = Run(eight, kind)
+    alone, run = Run(one, kind), Run(eight, kind)
+    start = alone.start()
     found[kind] = {
-      'one': Run(one, kind).found(),
-      'eight': run.found(),
+      'one': alone.found(start),
+      'eight': run.found(start),
       'next': Run(eight, kind, length=NEXT).bytes(),
-      'counted': run.mutant(Counted),
-      'real': run.mutant(Real),
+      'counted': run.mutant(Counted, start),
+      'real': run.mutant(Real, start),
     }
   found['softmax']['unfilled'] = Run(eight, 'softmax', Unfilled).bytes()
   print(json.dumps(found))
