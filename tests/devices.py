@@ -12,7 +12,7 @@ import sys
 # What JAX keeps of programs are many objects, which live as long as they do: to
 # look through them after every 700 new ones takes 8% of a test's time. All
 # programs of tests import this file, and so does `conftest.py`.
-gc.set_threshold(200_000, 20, 100)
+gc.set_threshold(200_000, 10, 10)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What is compiled is the same from run to run, if it takes so many seconds.
