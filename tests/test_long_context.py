@@ -16,12 +16,23 @@ from jaxattn.train import build, optimizer, step
 from tests import devices
 
 STEPS = 20
-WAYS = ('ring', 'striped', 'ulysses', 'linear')
-MODES = ('explicit', 'auto')
+# Of other modes and layouts, whose steps are those that were compared: a wrong
+# gradient is in the second loss.
+FEW = 6
+# What the strategies do is the same in both modes: two ways stand for all.
+MODES = {
+  'ring': ('explicit', 'auto'),
+  'striped': ('explicit',),
+  'ulysses': ('auto',),
+  'linear': ('explicit', 'auto'),
+}
 
 
-def losses(way, mesh, **options):
-  """Of the first steps; what was chosen; and how often the step compiled."""
+def losses(way, mesh, start=None, steps=STEPS, **options):
+  """Of the first steps; what was chosen; and how often the step compiled.
+
+  And the state that they began with, which is made unless it is given.
+  """
   config = build.complete(long_context.get_config(f'{way},quick').to_dict())
   config['layout'] = options.get('layout', config['layout'])
   parts = config['task']['length'] // mesh.shape[meshes.SEQ]
@@ -31,26 +42,30 @@ def losses(way, mesh, **options):
   with jax.set_mesh(mesh):
     feed = step.Feed.of(config, task, model, mesh)
     made = step.programs(model, feed, update, rate)
-    state, found = made.init(), []
-    for i in range(STEPS):
+    if start is None:
+      start = jax.device_get(made.init())
+    where = jax.tree.map(lambda leaf: leaf.sharding, made.shapes)
+    state, found = jax.device_put(start, where), []
+    for i in range(steps):
       state, metrics = made.train(state, feed.train(i))
       found.append(float(metrics['loss'][0] / metrics['loss'][1]))
   return {
     'losses': found,
     'layout': feed.layout,
     'compiled': made.train._cache_size(),
-  }
+  }, start
 
 
 def main():
   one = meshes.make(devices=jax.devices()[:1])
   found = {}
-  for way in WAYS:
+  for way, modes in MODES.items():
     if way in ('ring', 'linear'):  # the others are the same on one device
-      found[f'{way} one'] = losses(way, one, layout=None)
-    for mode in MODES:
+      found[f'{way} one'], start = losses(way, one, layout=None)
+    for mode in modes:
       mesh = meshes.make(data=1, seq=8, axis_types=mode)
-      found[f'{way} {mode}'] = losses(way, mesh)
+      steps = STEPS if f'{way} one' in found and mode == 'explicit' else FEW
+      found[f'{way} {mode}'], _ = losses(way, mesh, start, steps)
   print(json.dumps(found))
 
 
@@ -59,13 +74,16 @@ def found():
   return json.loads(devices.run('-m', 'tests.test_long_context'))
 
 
-@pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize(
+  ('way', 'mode'), [(way, mode) for way in MODES for mode in MODES[way]]
+)
 def test_losses_are_those_of_one_device(found, way, mode):
   one = found['linear one' if way == 'linear' else 'ring one']['losses']
   eight = found[f'{way} {mode}']
   assert one[-1] < one[0] - 0.1  # it learns
-  np.testing.assert_allclose(eight['losses'], one, rtol=1e-5)
+  few = len(eight['losses'])
+  assert few >= FEW
+  np.testing.assert_allclose(eight['losses'], one[:few], rtol=1e-5)
   assert eight['compiled'] == 1
   layouts = {'striped': 'striped', 'ulysses': 'zigzag'}
   assert eight['layout'] == layouts.get(way, 'contiguous')
