@@ -435,38 +435,68 @@ def test_a_rate_that_is_none(rate):
 # Derivatives.
 
 
-def loss(form, blocks, q, k, v, sinks, table):
+def loss(form, blocks, q, k, v, sinks, table, bias, gain):
+  """With all that attention can do, of two halves of the keys."""
+  segments = np.array([[1] * 5 + [2] * 7, [1] * 12])
+  order = np.array([[*range(5), *range(7)], range(12)])
+  halves = [
+    flash.attention(
+      *(q, k[:, part], v[:, part]),
+      mask=Causal(),
+      query_order=order,
+      key_order=order[:, part],
+      query_segments=segments,
+      key_segments=segments[:, part],
+      sinks=None if part.start else sinks,
+      score=Score(Relative(), (table,)),
+      bias=bias[..., part],
+      factor=Score(lambda p, query, key, gain: p * gain, queries=(gain,)),
+      dropout=Dropout(0.3, 7),
+      softcap=3.0,
+      implementation=form,
+      blocks=blocks,
+      return_partial=True,
+    )
+    for part in (slice(0, 7), slice(7, 12))
+  ]
+  o, lse = flash.finish(flash.merge(*halves))
   # Gradients of a constant scale only: a sum alone has no curvature in v.
-  o = flash.attention(
-    *(q, k, v),
-    mask=Causal(),
-    sinks=sinks,
-    score=Score(Relative(), (table,)),
-    softcap=3.0,
-    implementation=form,
-    blocks=blocks,
-  )
-  return jnp.sum(jnp.square(o))
+  return jnp.sum(jnp.square(o)) + jnp.sum(jnp.sin(lse))
+
+
+INPUTS = range(7)
 
 
 def small():
   rng = np.random.default_rng(1)
   shapes = (2, 12, 4, 4), (2, 12, 2, 4), (2, 12, 2, 3), (4,), (4, 5)
+  shapes += (2, 4, 12, 12), (2, 12, 4)
   number = lambda shape: jnp.asarray(rng.normal(size=shape))
   return tuple(map(number, shapes)), tuple(map(number, shapes))
 
 
 HESSIANS = {
-  'forward over reverse': lambda f, x, u: jax.jvp(jax.grad(f, range(5)), x, u)[
-    1
-  ],
+  'forward over reverse': lambda f, x, u: jax.jvp(jax.grad(f, INPUTS), x, u)[1],
   'reverse over forward': lambda f, x, u: jax.grad(
     lambda x: jax.jvp(f, x, u)[1]
   )(x),
   'reverse over reverse': lambda f, x, u: jax.grad(
-    lambda x: sum(map(jnp.vdot, jax.grad(f, range(5))(*x), u))
+    lambda x: sum(map(jnp.vdot, jax.grad(f, INPUTS)(*x), u))
   )(x),
 }
+
+
+@functools.cache
+def differences():
+  """Hessian-vector products by differences, of the formula in one tile."""
+  x, u = small()
+  whole = functools.partial(loss, 'plain', Blocks(12, 12))
+  gradient = jax.jit(jax.grad(whole, INPUTS), compiler_options=QUICK)
+  step = 1e-5
+  plus, minus = (
+    gradient(*(a + s * step * b for a, b in zip(x, u))) for s in (1, -1)
+  )
+  return [np.asarray(p - m) / (2 * step) for p, m in zip(plus, minus)]
 
 
 @pytest.mark.parametrize(
@@ -474,36 +504,29 @@ HESSIANS = {
   [('xla', 'forward over reverse'), *(('plain', mode) for mode in HESSIANS)],
 )
 def test_second_order(form, mode):
-  """Hessian-vector products in float64, against the formula in one tile."""
+  """Hessian-vector products in float64."""
   with jax.enable_x64(True):
-    x, u = small()
-    times = jax.jit(
-      lambda f, x, u: HESSIANS[mode](f, x, u),
-      static_argnums=0,
-      compiler_options=QUICK,
-    )
     tiled = functools.partial(loss, form, Blocks(5, 4))
-    whole = functools.partial(loss, 'plain', Blocks(12, 12))
-    step = 1e-5
-    moved = [
-      jax.grad(whole, range(5))(*(a + s * step * b for a, b in zip(x, u)))
-      for s in (1, -1)
-    ]
-    for got, plus, minus in zip(times(tiled, x, u), *moved):
-      want = (plus - minus) / (2 * step)
+    times = jax.jit(
+      functools.partial(HESSIANS[mode], tiled), compiler_options=QUICK
+    )
+    for got, want in zip(times(*small()), differences()):
       np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
 
 
 def test_forward_mode_belongs_to_plain():
   x, u = small()
-  blocks = Blocks(5, 4)
-  _, tangent = jax.jvp(functools.partial(loss, 'plain', blocks), x, u)
-  gradient = jax.grad(functools.partial(loss, 'xla', blocks), range(5))(*x)
+  plain, xla = (
+    functools.partial(loss, form, Blocks(5, 4)) for form in ('plain', 'xla')
+  )
+  run = functools.partial(jax.jit, compiler_options=QUICK)
+  _, tangent = run(lambda x, u: jax.jvp(plain, x, u))(x, u)
+  gradient = run(jax.grad(xla, INPUTS))(*x)
   np.testing.assert_allclose(
     tangent, sum(map(jnp.vdot, gradient, u)), rtol=1e-4
   )
   with pytest.raises(TypeError, match='forward-mode'):
-    jax.jvp(functools.partial(loss, 'xla', blocks), x, u)
+    run(lambda x, u: jax.jvp(xla, x, u))(x, u)
 
 
 def test_reverse_over_reverse_belongs_to_plain():
