@@ -142,6 +142,6 @@ def tile(
   # Half of a tile on the diagonal is in vain: it should not be half of all.
   most = min(best.q, max(1024, t // 4))
   q, k = side(blocks.q, t, most), side(blocks.k, s, best.k)
-  wide = best.wide if less > 1 or row > 256 else None
+  wide = best.wide if small or row > 256 else None
   clear, masked = wide or best.clear, wide or best.masked or best.clear
   return Tile(q, k, clear.within(q, k), masked.within(q, k))

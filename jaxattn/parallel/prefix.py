@@ -72,7 +72,7 @@ def scan(u, log_a, b_bar, c, *, state=None, valid=None, starts=None):
 
 
 def dense(u, log_a, b_bar, c):
-  """`ssm.dense`, with its arguments and results; a device transforms its own.
+  """`ssm.dense` of a row from its beginning; a device transforms its own part.
 
   What it makes of the state is added in what is wide, and rounded once.
   """

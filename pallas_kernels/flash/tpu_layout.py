@@ -141,9 +141,9 @@ def make(rule: Rule, q, k, v, extras, query, key, direction) -> Plan:
   row = max(d, e) * q.dtype.itemsize
   # In float32 a product is six, and a tile a program six times as long to
   # compile; of few tiles half of those on the diagonal are computed in vain.
-  long = q.dtype == jnp.float32 and (row > 256 or max(t, s) <= SHORT)
+  slow = q.dtype == jnp.float32 and (row > 256 or max(t, s) <= SHORT)
   # A tile of the bias, and of its gradient, takes room as wide rows do.
-  small = long or extras.bias is not None
+  small = slow or extras.bias is not None
   sides = tile(rule.blocks, direction, t, s, row, small)
   return Plan(**known(rule, q, k, v, extras, query, key, sides))
 
