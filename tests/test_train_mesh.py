@@ -31,8 +31,6 @@ MODES = {  # what `meshes.make` takes
   'time': {'seq': 4},
   'time, auto': {'seq': 4, 'axis_types': 'auto'},
 }
-# Of the second, whose layers are computed as they are in training, one is.
-SCORED = [(MIXERS[0], mode) for mode in MODES] + [(MIXERS[1], 'time')]
 EVERY = ' '.join(registry.names())  # a layer of each
 STEPS = 5
 CONFIG = {
@@ -176,12 +174,13 @@ def main(workdir):
         mixer,
         workdir=f'{workdir}/{mixer}' if mode == 'explicit' else None,
         start=None if own else starts[mixer],
-        scored=(mixer, mode) in SCORED,
+        scored=True,
       )
   start = drawn(EVERY)
   found['every'] = {
     'one': over(one, EVERY, start=start),
-    'many': over(meshes.make(data=1, seq=4, model=2), EVERY, start=start),
+    'time': over(meshes.make(seq=4), EVERY, start=start),
+    'model': over(meshes.make(seq=2, model=2), EVERY, start=start),
   }
   run = functools.partial(over, mixer='multi_head', start=starts['multi_head'])
   found['dropout'] = {
@@ -214,6 +213,12 @@ class TestMesh:
     np.testing.assert_allclose(eight['losses'], one['losses'], rtol=1e-5)
     assert eight['grad_norm'] == pytest.approx(one['grad_norm'], rel=1e-3)
 
+  def test_scores_are_those_of_one_device(self, found, mixer, mode):
+    one, eight = (found[mixer][x]['scores'] for x in ('one', mode))
+    assert eight.keys() == one.keys() != set()
+    for name, pair in one.items():
+      np.testing.assert_allclose(eight[name], pair, rtol=1e-4)
+
   def test_weights_and_moments_are_split(self, found, mixer, mode):
     split = found[mixer][mode]['split']
     kernels = {name for name in split if name.endswith(('kernel', 'table'))}
@@ -228,14 +233,6 @@ class TestMesh:
     assert found[mixer][mode]['compiled'] == 1
 
 
-@pytest.mark.parametrize(('mixer', 'mode'), SCORED)
-def test_scores_are_those_of_one_device(found, mixer, mode):
-  one, eight = (found[mixer][x]['scores'] for x in ('one', mode))
-  assert eight.keys() == one.keys()
-  for name, pair in one.items():
-    np.testing.assert_allclose(eight[name], pair, rtol=1e-4)
-
-
 @pytest.mark.parametrize('mode', ['explicit', 'auto'])
 def test_heads_and_hidden_units_over_devices(found, mode):
   one, eight = (found['multi_head'][x] for x in ('one', f'model, {mode}'))
@@ -245,8 +242,9 @@ def test_heads_and_hidden_units_over_devices(found, mode):
   assert eight['compiled'] == 1
 
 
-def test_every_mechanism_trains_with_time_and_weights_over_devices(found):
-  one, many = found['every']['one'], found['every']['many']
+@pytest.mark.parametrize('mesh', ['time', 'model'])
+def test_every_mechanism_trains_with_time_over_devices(found, mesh):
+  one, many = found['every']['one'], found['every'][mesh]
   # At first Adam takes the signs of gradients, which round either way about 0:
   # the first update can be compared, later ones only look alike.
   np.testing.assert_allclose(many['losses'][:2], one['losses'][:2], rtol=1e-5)
