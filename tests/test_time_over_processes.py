@@ -1,11 +1,10 @@
 """Time over the devices of two processes: the comparisons of those of one.
 
 Two processes of four simulated CPU devices each, which talk by gloo, run what
-`test_parallel`, `test_prefix` and `test_tree` compare, with gradients: every
-case, and every strategy. What one device finds is computed once, half of it by
-each process. Left to one process are mechanisms, bfloat16, what programs say
-and send, and each strategy with each case: those do not depend on who owns a
-device, and both processes compile all that they run.
+`test_parallel`, `test_prefix` and `test_tree` compare, for every case and every
+strategy, with gradients. What one device finds is computed once, half of it by
+each process. Left to one process are mechanisms, bfloat16, and what programs
+say and send: those do not depend on who owns a device.
 """
 
 import contextlib
@@ -28,36 +27,6 @@ from tests.test_processes import launched
 ATTENTION = ('one hop too few', 'heads of a neighbour')
 PREFIXES = ('state of the one before', 'tail dropped in a dense row')
 MEMORIES = ('partials not rescaled',)
-
-
-def overs(case):
-  """Strategies for a case: one in turn, and what is for some cases alone.
-
-  Numbers of pairs, or of keys, go around a ring beside the keys.
-  """
-  names = list(test_parallel.STRATEGIES)
-  kept = {names[list(test_parallel.CASES).index(case) % len(names)]}
-  if {'keys', 'bias'} & {*test_parallel.CASES[case][2]}:
-    kept.add('ring')
-  return {
-    name: over
-    for name, over in test_parallel.overs(case).items()
-    if name in kept or name not in names
-  }
-
-
-def engines():
-  """With masks, which send more; without, where that is another way."""
-  given = [*test_prefix.compared()]
-  return [
-    (name, masked)
-    for name, masked in given
-    if masked or (name, True) not in given or name == 'short'
-  ]
-
-
-# 'loud' is 'causal' of larger numbers.
-STREAMS = [case for case in test_tree.CASES if case != 'causal']
 
 
 @contextlib.contextmanager
@@ -94,7 +63,7 @@ def attention(workdir):
   rule = {'weights': (1.0,), 'growth': math.inf}
   with told_all, jax.set_mesh(mesh):
     found = {
-      case: test_parallel.compare(case, overs(case), **rule)
+      case: test_parallel.compare(case, test_parallel.overs(case), **rule)
       for case in test_parallel.CASES
     }
     wrong = {name: test_parallel.rejected(name, **rule) for name in ATTENTION}
@@ -103,7 +72,7 @@ def attention(workdir):
 
 def prefixes(workdir):
   """Engine -> what is wrong, or None; and of mutants."""
-  given = engines()
+  given = [*test_prefix.compared()]
   with told(workdir, test_prefix, 'on_one', given):
     found = {str(x): test_prefix.wrong(test_prefix.agree, *x) for x in given}
     return found, {name: test_prefix.rejected(name) for name in PREFIXES}
@@ -111,9 +80,9 @@ def prefixes(workdir):
 
 def memories(workdir):
   """Case -> what is wrong; and of mutants."""
-  given = [(case,) for case in STREAMS]
+  given = [(case,) for case in test_tree.CASES]
   with told(workdir, test_tree, 'expected', given):
-    found = {case: test_tree.compare(case) for case in STREAMS}
+    found = {case: test_tree.compare(case) for case in test_tree.CASES}
     return found, {name: test_tree.rejected(name) for name in MEMORIES}
 
 
@@ -150,30 +119,22 @@ def test_they_have_half_of_the_devices(found):
   assert [here['devices'] for here in found] == [[4, 8]] * 2
 
 
-def test_every_strategy_is_there():
-  tried = [name for case in test_parallel.CASES for name in overs(case)]
-  every = {*test_parallel.STRATEGIES, *(name for _, name in test_parallel.MORE)}
-  assert set(tried) == every
-  assert all(tried.count(name) > 4 for name in test_parallel.STRATEGIES)
-
-
 @pytest.mark.parametrize('case', test_parallel.CASES)
 def test_attention(case, found):
   for here in found:
     strategies = here['attention'][0][case]
-    assert set(strategies) == set(overs(case))
+    assert set(strategies) == set(test_parallel.overs(case))
     assert {name: x for name, x in strategies.items() if x} == {}
 
 
 def test_recurrences_and_convolutions(found):
-  assert {name for name, _ in engines()} == set(test_prefix.cases())
   for here in found:
-    own = here['prefixes'][0]
-    assert set(own) == {str(x) for x in engines()}
-    assert {name: x for name, x in own.items() if x} == {}
+    engines = here['prefixes'][0]
+    assert set(engines) == {str(x) for x in test_prefix.compared()}
+    assert {name: x for name, x in engines.items() if x} == {}
 
 
-@pytest.mark.parametrize('case', STREAMS)
+@pytest.mark.parametrize('case', test_tree.CASES)
 def test_a_memory_in_parts(case, found):
   for here in found:
     assert here['memories'][0][case] == []
