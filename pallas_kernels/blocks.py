@@ -56,14 +56,16 @@ class Tile:
     q, k: queries and keys in the tile.
     clear: parts of tiles that need no mask.
     masked: parts of those that do, if others.
-    wide: parts of both where rows are wider than 128 in bfloat16, if others.
-    whole: bytes of the longest row whose tile is not halved on both sides.
+    half: parts of both where the tile is halved on both sides, if others.
+    wide: parts of both where it is not, for rows of more than 256 bytes.
+    whole: bytes of the longest row whose tile is not halved.
   """
 
   q: int
   k: int
   clear: Parts | None = None
   masked: Parts | None = None
+  half: Parts | None = None
   wide: Parts | None = None
   whole: int = 256
 
@@ -75,30 +77,42 @@ class Tile:
 TPU = {
   'TPU v4': {
     'forward': Tile(2048, 512, Parts(64, 128), Parts(128, 128)),
-    'backward': Tile(1024, 512, Parts(512, 256), wide=Parts(256, 128)),
+    'backward': Tile(1024, 512, Parts(512, 256), half=Parts(256, 128)),
   },
   'TPU v5 lite': {  # v5e
     'forward': Tile(2048, 512, Parts(64, 128), Parts(128, 128)),
     'backward': Tile(
-      1024, 512, Parts(512, 256), wide=Parts(512, 128), whole=512
+      *(1024, 512, Parts(512, 256)),
+      half=Parts(256, 128),
+      wide=Parts(512, 128),
+      whole=512,
     ),
   },
   'TPU v5': {  # v5p
     'forward': Tile(2048, 512, Parts(64, 128), Parts(128, 128)),
     'backward': Tile(
-      1024, 512, Parts(512, 256), wide=Parts(512, 128), whole=512
+      *(1024, 512, Parts(512, 256)),
+      half=Parts(256, 128),
+      wide=Parts(512, 128),
+      whole=512,
     ),
   },
   'TPU v6 lite': {  # v6e
     'forward': Tile(2048, 512, Parts(128, 256, 512), Parts(96, 256, 512)),
     'backward': Tile(
-      1024, 512, Parts(256, 256), wide=Parts(512, 256), whole=512
+      *(1024, 512, Parts(256, 256)),
+      half=Parts(128, 256),
+      wide=Parts(512, 256),
+      whole=512,
     ),
   },
   'TPU7x': {
     'forward': Tile(2048, 512, Parts(128, 256, 512), Parts(96, 256, 512)),
     'backward': Tile(
-      1024, 512, Parts(512, 256), wide=Parts(512, 256), whole=512
+      *(1024, 512, Parts(512, 256)),
+      half=Parts(128, 256),
+      wide=Parts(512, 256),
+      whole=512,
     ),
   },
 }
@@ -131,17 +145,17 @@ def tile(
   something else for which it should be smaller.
   """
   best = TPU.get(chip(), TPU[OTHERS])[direction]
-  less = 2 if small or row > best.whole else 1
+  halved = small or row > best.whole
 
   def side(asked, length, most):
     """Of the sides within `most`, the one that needs the least padding."""
     whole = lambda x: -(-x // LANES) * LANES
-    most = whole(asked or most // less)
+    most = whole(asked or most // (1 + halved))
     return min(most, whole(-(-length // -(-length // most))))
 
   # Half of a tile on the diagonal is in vain: it should not be half of all.
   most = min(best.q, max(1024, t // 4))
   q, k = side(blocks.q, t, most), side(blocks.k, s, best.k)
-  wide = best.wide if small or row > 256 else None
-  clear, masked = wide or best.clear, wide or best.masked or best.clear
+  own = best.half if halved else best.wide if row > 256 else None
+  clear, masked = own or best.clear, own or best.masked or best.clear
   return Tile(q, k, clear.within(q, k), masked.within(q, k))
