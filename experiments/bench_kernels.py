@@ -35,6 +35,9 @@ HEADS, LENGTH, WIDTH = 8, 32768, 128
 OTHERS = (64, 256)  # widths of which the page has the chosen tiles alone
 DKV, DQ = 'backward, dk and dv', 'backward, dq'  # of flash, each a kernel
 MXU, VALU, FILL, SPILL = 0, 2, 6, 8  # columns of the table of units
+# Cycles of a matrix unit for a product of 16 rows of bfloat16: those of v5e and
+# v5p, of 128 x 128, take a row each, which is the chips' peak.
+HOLD = {'v5e': 16, 'v5p': 16}
 KERNELS = {  # what they are called, and in the names of the compiler's files
   ('ours', 'forward'): 'flash_forward',
   ('ours', 'backward'): 'flash_backward',
@@ -53,6 +56,8 @@ class Schedule:
   Attributes:
     tile: bundles of the part with the matrix products.
     step: tile, and what every step does besides.
+    cycles: of a step, if a bundle waits until the matrix units that it gives
+      products are done with those before; None where that is not known.
     masked: tile, where the tile needs a mask and has a program of its own.
     busy: share of the slots for matrix work that a step fills.
     fills, spills: in `tile`.
@@ -67,11 +72,12 @@ class Schedule:
   fills: int
   spills: int
   masked_spills: int | None = None
+  cycles: int | None = None
   seconds: float = 0.0
 
 
-def read(folder: Path, kernel: str) -> Schedule:
-  """The schedule that the compiler wrote of a kernel."""
+def read(folder: Path, kernel: str, hold: int | None) -> Schedule:
+  """The schedule that the compiler wrote of a kernel; `hold` as of HOLD."""
   (program,) = (
     path
     for path in folder.glob(f'*{kernel}*-final_bundles.txt')
@@ -81,7 +87,7 @@ def read(folder: Path, kernel: str) -> Schedule:
   head, _, table = usage.read_text().partition('== UTILIZATION:')
   capacity = [int(x) for x in head.split('\n')[2].split()]
   units = [[int(x) for x in row.split()] for row in table.split('\n') if row]
-  return steady(lines(program.read_text()), units, capacity[MXU])
+  return steady(lines(program.read_text()), units, capacity[MXU], hold)
 
 
 def lines(program: str) -> list[str]:
@@ -90,8 +96,21 @@ def lines(program: str) -> list[str]:
   return [x for x in text.split('\n') if re.match(r' *(0x)?[0-9a-f]+ .*?:', x)]
 
 
+def cycles(bundles: Sequence[str], hold: int) -> int:
+  """Of bundles in a row, which wait for the matrix units, and for no other."""
+  now, free = 0, {}
+  for bundle in bundles:
+    used = re.findall(r'vmatmul\S*\.(mxu\d)', bundle)
+    now = max([now + 1, *(free.get(unit, 0) for unit in used)])
+    free |= dict.fromkeys(used, now + hold)
+  return now
+
+
 def steady(
-  bundles: Sequence[str], units: Sequence[Sequence[int]], slots: int
+  bundles: Sequence[str],
+  units: Sequence[Sequence[int]],
+  slots: int,
+  hold: int | None = None,
 ) -> Schedule:
   """What of a program is the steady state.
 
@@ -145,6 +164,7 @@ def steady(
     fills=total(own[tile], FILL),
     spills=total(own[tile], SPILL),
     masked_spills=masked and total(own[masked], SPILL),
+    cycles=hold and cycles([bundles[at] for at in own[tile]], hold) + around,
   )
 
 
@@ -250,7 +270,7 @@ def compile_one(cell: Sequence[str], folder: str) -> None:
   began = time.perf_counter()
   lowered.compile()
   seconds = time.perf_counter() - began
-  found = read(Path(folder), KERNELS[whose, direction])
+  found = read(Path(folder), KERNELS[whose, direction], HOLD.get(chip))
   found = dataclasses.replace(found, seconds=seconds)
   print(json.dumps(dataclasses.asdict(found)))
 
@@ -314,6 +334,8 @@ def static(args: argparse.Namespace) -> list[str]:
         *(f'{one.tile:,}', f'{one.step:,}'),
         '-' if one.masked is None else f'{one.masked:,}',
         f'{one.step / rival.step:.2f}' if rival else '-',
+        '-' if one.cycles is None else f'{one.cycles:,}',
+        f'{one.cycles / rival.cycles:.2f}' if rival and one.cycles else '-',
         *(f'{one.busy:.0%}', f'{one.fills:,}', f'{one.spills:,}'),
         '-' if one.masked is None else f'{one.masked_spills:,}',
         f'{one.seconds:.0f}',
@@ -322,6 +344,7 @@ def static(args: argparse.Namespace) -> list[str]:
   head = [
     *('chip', 'direction', 'width', 'queries x keys', 'whose'),
     *('bundles, tile', 'step', 'tile masked', 'step over splash'),
+    *('cycles', 'cycles over splash'),
     *('MXU slots', 'fills', 'spills', 'spills masked', 'seconds to compile'),
   ]
   libtpu = importlib.metadata.version('libtpu')
@@ -339,7 +362,10 @@ def static(args: argparse.Namespace) -> list[str]:
     "the fused one; `flash` is jax's, with its default blocks, and has two "
     'kernels backward, which both compute all weights. MXU slots are those '
     'that a step fills: no more of the peak can be reached. A bundle takes a '
-    'cycle or, where it waits for the matrix units or for memory, more. A '
+    'cycle, and more where it waits: for memory, or for a matrix unit that is '
+    'not done with the product before, which takes '
+    f"{HOLD['v5p']} cycles on v5e and v5p (a row each, as at the chips' peak). "
+    'Cycles are those of a step with the second kind of wait. A '
     'spill is a register written to memory for want of room, a fill is one '
     'read back. Seconds to compile include writing the schedules down.',
     markdown(head, rows),

@@ -42,6 +42,24 @@ def test_steady():
   )
 
 
+def test_bundles_wait_for_the_matrix_units_that_they_use():
+  both = '{ %1 = vmatmul.mxu0 %v1 ;; %2 = vmatmul.bf16.gmra.mxu1 %v2 }'
+  program = [both, '{ %3 = vadd.f32 %v3 }', '{ %4 = vmatmul.f32.mxu1 %v4 }']
+  # At 1, 2 and 5, where mxu1 is done; then at 9, though mxu0 is done at 5.
+  assert bench_kernels.cycles([*program, both], hold=4) == 9
+  assert bench_kernels.cycles([*program, both], hold=1) == 4
+  pushed = ['{ vmatpush.bf16.msra.mxu0 %v1 }'] * 3  # into registers of its own
+  assert bench_kernels.cycles([both, *pushed], hold=4) == 4
+
+
+def test_steady_counts_what_a_step_does_besides():
+  bundles = bench_kernels.lines(PROGRAM)
+  units = [[2 * (at in WORK)] + [0] * 9 for at in range(len(bundles))]
+  assert bench_kernels.steady(bundles, units, 2).cycles is None
+  # Two products of the tile, one after the other, and 5 bundles around them.
+  assert bench_kernels.steady(bundles, units, 2, hold=16).cycles == 17 + 5
+
+
 def test_steady_checks_that_both_files_are_of_one_program():
   with pytest.raises(ValueError, match='13 bundles, but units of 1'):
     bench_kernels.steady(bench_kernels.lines(PROGRAM), [[0]], 2)
