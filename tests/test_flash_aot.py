@@ -14,6 +14,7 @@ from experiments import bench_kernels
 from experiments.bench_compiled import FEATURES, compiled, verdict
 from pallas_kernels import chips
 from pallas_kernels.blocks import Blocks
+from pallas_kernels.masks import Everything
 
 pytestmark = [pytest.mark.aot, pytest.mark.usefixtures('compiler')]
 
@@ -78,3 +79,6 @@ def test_the_page_says_what_fits_and_where_not():
   assert verdict('v5e').startswith('fits')
   more = {'h': 64, 'k': 64, 'blocks': Blocks(512, 512)}
   assert verdict('v5e', t=2**19, **more) == '**not in HBM**'
+  # One tile of all queries, of which v4's 16 MiB hold no buffers.
+  tall = {'t': 5120, 's': 128, 'd': 256, 'blocks': Blocks(5120, 128)}
+  assert verdict('v4', mask=Everything(), **tall) == '**not in VMEM**'
