@@ -153,8 +153,9 @@ def tile(
     most = whole(asked or most // (1 + halved))
     return min(most, whole(-(-length // -(-length // most))))
 
-  # Half of a tile on the diagonal is in vain: it should not be half of all.
-  most = min(best.q, max(1024, t // 4))
+  # Half of a tile on the diagonal is in vain: it should not be half of all. And
+  # in a zigzag of many devices tokens may be near by halves, see `stripe`.
+  most = min(best.q, max(512, min(1024, t // 2), t // 4))
   q, k = side(blocks.q, t, most), side(blocks.k, s, best.k)
   own = best.half if halved else best.wide if row > 256 else None
   clear, masked = own or best.clear, own or best.masked or best.clear

@@ -33,18 +33,11 @@ from pallas_kernels.problem import (
 def prepare(rule: Rule, q, k, query: Tokens, key: Tokens):
   """The rule with its blocks chosen, and the tokens for it.
 
-  The choice keeps a CPU busy and a tile of all heads in its cache. Cut in four
-  or more, a causal sequence has tiles to skip.
-
   Returns:
     rule, query, key, and whether one tile holds all.
   """
   (b, t, h, _), s = q.shape, k.shape[1]
-  side = 512
-  while side > 128 and 4 * side > max(t, s):
-    side //= 2
-  while side > 64 and b * h * side**2 > 2**20:
-    side //= 2
+  side = chosen(t, s, b * h)
   q_side = _block(rule.blocks.q, t, side)
   k_side = _block(rule.blocks.k, s, max(side, side**2 // q_side))
   # A tile that was not asked for is not much wider than it is high.
@@ -54,6 +47,19 @@ def prepare(rule: Rule, q, k, query: Tokens, key: Tokens):
     query, key = one_segment(query), one_segment(key)
   rule = dataclasses.replace(rule, blocks=Blocks(q_side, k_side))
   return rule, query, key, single
+
+
+def chosen(t: int, s: int, heads: int = 1) -> int:
+  """The side of a tile that keeps a CPU busy, with all heads in its cache.
+
+  Cut in four or more, a causal sequence has tiles to skip.
+  """
+  side = 512
+  while side > 128 and 4 * side > max(t, s):
+    side //= 2
+  while side > 64 and heads * side**2 > 2**20:
+    side //= 2
+  return side
 
 
 def _block(block, length, default):

@@ -35,6 +35,7 @@ from jaxattn.parallel import (
   sequence,
   strategy,
   stripe,
+  tensor,
   ulysses,
 )
 from jaxattn.parallel import mesh as meshes
@@ -54,7 +55,7 @@ from pallas_kernels.masks import (
 from pallas_kernels.scores import Difference, Relative, Score, Slopes
 from tests import devices
 from tests.test_flash_features import Temperature
-from tests.test_flash_tpu import WEIGHTS, draw, error, formula, number
+from tests.test_flash_tpu import WEIGHTS, draw, error, formula, number, seen
 
 N, T = 8, 96
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -205,6 +206,7 @@ MORE = {
   ),
   ('table', 'gather in groups'): gather.over(AT, 2),
   ('bias', 'gather in groups'): gather.over(AT, 2),
+  ('bias of all heads', 'gather in groups'): gather.over(AT, 2),
   ('window', 'halo'): halo.over(AT, 8, 0),
   ('both ways', 'halo'): halo.over(AT, 8, 3),
   ('bias', 'halo'): halo.over(AT, 8, 0),
@@ -435,6 +437,10 @@ MUTANTS = {
 NARROW = {
   'by a gather': ('causal', 'gather', *(between, '_wide'), lambda x, _: x),
   'by heads': ('other keys', 'ulysses', *(between, '_wide'), lambda x, _: x),
+  'by groups of heads': (
+    *('bias of all heads', 'gather in groups', tensor, 'wide'),
+    lambda extras: extras,
+  ),
 }
 
 
@@ -601,6 +607,79 @@ def uneven(strategies=(*sequence.FAR, None)):
   return found
 
 
+def alike():
+  """How far calls are from one device that cost what others before cost.
+
+  By the strategy that both have, and what is other.
+  """
+  arrays = [np.float32(x) for x in PLAIN[:4]]
+  where, order = ROWS['time'], stripe.order(T, N, 'zigzag')
+  causal = {'mask': Causal()}
+  orders = lambda x: {'query_order': x, 'key_order': x}
+  found = {}
+  for name, (forced, *calls) in {
+    'halo': (None, {'mask': Causal() & Window(9)}, {'mask': Window(5, 5)}),
+    'ring': ('ring', causal | orders(None), causal | orders(order[None])),
+  }.items():
+    for given in calls:
+      mask, places = given['mask'], given.get('query_order')
+      one = functools.partial(flash.attention, **given)
+      inner = lambda q, k, v, x, mask=mask, forced=forced: sequence.attention(
+        *(q, k, v), mask=mask, query_order=x, key_order=x, strategy=forced
+      )
+      many = jax.shard_map(inner, in_specs=(where,) * 4, out_specs=where)
+      many = functools.partial(lambda f, x, *qkv: f(*qkv, x), many, places)
+      apart = with_gradients(many, *arrays) - with_gradients(one, *arrays)
+      found[name] = float(abs(apart).max())  # of the last of them
+  return found
+
+
+def documents(*parts):
+  """Documents of so many parts each."""
+  lengths = [n * T // N for n in parts]
+  order = np.concatenate([np.arange(n) for n in lengths])
+  segments = np.repeat(np.arange(len(parts)) + 1, lengths)
+  given = {'order': order, 'segments': segments}
+  return {
+    f'{side}_{name}': x
+    for side in ('query', 'key')
+    for name, x in given.items()
+  }
+
+
+# Where data decide who sees whom.
+DECIDED = {case: CASES[case][1] for case in ('causal', 'packed', 'zigzag')} | {
+  'striped': {'mask': Causal() & Window(3 * N), **laid('striped')},
+  'documents': {'mask': Causal(), **documents(3, 1, 2, 2)},
+  'window': {'mask': Causal() & Window(14), **documents(5, 3)},
+  'of one part': {'mask': Causal(), **documents(*[1] * N)},
+}
+
+
+def decided():
+  """Case -> hops of a ring, and the last in which anything is seen."""
+  found = {}
+  for case, given in DECIDED.items():
+    counted = []
+
+    def count(*args, counted=counted):
+      hops = HOPS(*args)
+      jax.debug.callback(lambda n, to=counted: to.append(int(n)), hops)
+      return hops
+
+    with patched(ring, '_hops', count):
+      run = whole(lambda *x, given=given: spread(ring.over(RING))(*x, **given))
+      arrays = [jnp.asarray(x, jnp.float32) for x in PLAIN[:3]]
+      jax.block_until_ready(run(*arrays, {}))
+      jax.effects_barrier()
+    (hops,) = set(counted)
+    pairs = np.asarray(seen(given['mask'], T, T, given)).any(0)
+    parts = pairs.reshape(N, T // N, N, T // N).any((1, 3))
+    mine, theirs = np.nonzero(parts)
+    found[case] = [hops, int(max((mine - theirs) % N))]
+  return found
+
+
 def tagged():
   """How far a ring of tokens in their order, and with tags, is from one device.
 
@@ -645,24 +724,36 @@ def crossed():
   return found
 
 
-# Mixer, strategy, what else the policy asks for, and what is said.
+# What is forced, of which mixer, in which layout, and what it says.
 REFUSED = {
-  'hybrid': ('multi_head', {'heads': 3}, {}, 'no common divisor above 1'),
-  'halo': ('sliding_window', {'window': 64}, {}, 'beyond the neighbours'),
-  'ring': ('multi_head', {}, {'implementation': 'plain'}, 'a backward pass'),
+  'no group': ('hybrid', 'multi_head', {'heads': 3}, {}, None, 'no common'),
+  'far': ('halo', 'sliding_window', {'window': 64}, {}, None, 'beyond the'),
+  'zigzag': (
+    'halo',
+    'sliding_window',
+    {'window': 4},
+    {},
+    'zigzag',
+    'any order',
+  ),
+  'no round': (
+    *('ring', 'multi_head', {}, {'implementation': 'plain'}),
+    *(None, 'a backward pass'),
+  ),
 }
 
 
 def refused():
-  """Strategy -> what a training run says that it cannot serve, when built."""
+  """What a training run says that it cannot serve, when it is built."""
   found = {}
   mesh = meshes.make(seq=N, devices=jax.devices()[:N])
-  for name, (mixer, fields, policy, _) in REFUSED.items():
+  for name, (forced, mixer, fields, policy, layout, _) in REFUSED.items():
     model = {'width': 48, 'depth': 1, 'mixer': mixer}
     model |= {'mechanisms': {mixer: fields}, 'hidden': 32}
     task = {'name': 'mqar', 'vocab': 64, 'length': 64, 'pairs': 4}
-    config = build.complete({'batch': 1, 'task': task, 'model': model})
-    config['policy'] |= {'strategy': name} | policy
+    config = {'batch': 1, 'task': task, 'model': model, 'layout': layout}
+    config = build.complete(config)
+    config['policy'] |= {'strategy': forced} | policy
     task, model = build.build(config)
     with jax.set_mesh(mesh):
       feed = step.Feed.of(config, task, model, mesh)
@@ -906,6 +997,8 @@ def main():
       'sigmoid': sigmoid_apart(),
       'uneven': uneven(),
       'tagged': tagged(),
+      'alike': alike(),
+      'decided': decided(),
       'unforced': unforced(),
     }
   found |= {'crossed': crossed(), 'refused': refused()}
@@ -974,6 +1067,20 @@ def test_queries_may_be_fewer_than_keys(found):
   assert max(found['uneven'].values()) < 1e-5
 
 
+@pytest.mark.parametrize('name', ['halo', 'ring'])
+def test_calls_that_cost_the_same_are_not_the_same(name, found):
+  assert found['alike'][name] < 1e-5
+
+
+@pytest.mark.parametrize('case', DECIDED)
+def test_hops_that_show_nothing_are_left_out_where_data_decide(case, found):
+  hops, needed = found['decided'][case]
+  # Ranges of parts with several documents say less than their tokens.
+  assert hops == needed or (case == 'packed' and hops > needed)
+  few = {'documents': 2, 'window': 2, 'of one part': 0}
+  assert hops == few.get(case, N - 1)
+
+
 def test_a_ring_of_tokens_with_tags(found):
   assert found['tagged'] < 1e-5
 
@@ -987,8 +1094,9 @@ def test_cross_attention(found):
 def test_what_cannot_be_served_is_said_when_a_run_is_built(name, found):
   """By shapes alone, before anything is compiled."""
   said = found['refused'][name]
-  assert said.startswith(f'strategy={name!r} cannot serve this: ')
-  assert REFUSED[name][-1] in said
+  forced, *_, reason = REFUSED[name]
+  assert said.startswith(f'strategy={forced!r} cannot serve this: ')
+  assert reason in said
   assert said.endswith(' can')  # what serves it
 
 

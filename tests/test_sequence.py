@@ -127,6 +127,18 @@ def test_what_is_said(caplog):
   assert said == [f'attention over 64 devices runs as {text}']  # once
 
 
+def test_calls_that_cost_the_same_are_not_the_same(monkeypatch):
+  """What is said once is the cost; what is done is each call's own."""
+  monkeypatch.setattr(strategy.ring, 'over', lambda *args: args)
+  strategy._chosen.cache_clear()
+  call = Call(devices=8, k=8, **SIZES)
+  dense = Call(devices=8, k=8, **SIZES, dense=True)
+  assert choose(call, 'ring') == choose(dense, 'ring')
+  assert not choose(call, 'ring').over[1]
+  assert choose(dense, 'ring').over[1]
+  strategy._chosen.cache_clear()
+
+
 def test_what_cannot_be_is_refused_with_what_can():
   call = Call(devices=8, k=8, **SIZES)
   with pytest.raises(NotImplementedError, match=r'any order; ulysses, gather'):

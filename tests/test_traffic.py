@@ -31,6 +31,12 @@ def programs():
     hops = lax.pmax(jnp.int32(jnp.abs(x[0, 0])), 'seq')
     return lax.fori_loop(0, hops, lambda _, x: shift(x), x)
 
+  def home(x):  # the shorter way
+    hops = lax.pmax(jnp.int32(jnp.abs(x[0, 0])), 'seq')
+    on = lambda x: lax.fori_loop(0, N - hops, lambda _, x: shift(x), x)
+    back = lambda x: lax.fori_loop(0, hops, lambda _, x: shift(x), x)
+    return lax.cond(hops > N // 2, on, back, x)
+
   cases = {
     'gather': (lambda x: lax.all_gather(x, 'seq', axis=1, tiled=True), 'whole'),
     'sum': (lambda x: lax.psum(x, 'seq'), whole),
@@ -42,6 +48,7 @@ def programs():
     'ring': (ring, time),
     'nested': (nested, time),
     'until': (until, time),
+    'home': (home, time),
   }
   found = {}
   with jax.set_mesh(mesh):
@@ -79,6 +86,7 @@ EXPECTED = {
   'ring': ['collective-permute', PART, N - 1],
   'nested': ['collective-permute', PART, 3 * (N - 1)],
   'until': ['collective-permute', PART, 5],
+  'home': ['collective-permute', PART, 1],
 }
 
 

@@ -55,14 +55,19 @@ class _Line(NamedTuple):
   rest: str
 
 
-def exchanges(text: str, unknown: int = 1) -> list[Exchange]:
+def exchanges(
+  text: str, unknown: int = 1, in_branches: int = 1
+) -> list[Exchange]:
   """All exchanges of a compiled program.
 
   Args:
     text: what `compiled.as_text()` gives.
     unknown: how often loops are run whose length data decide.
+    in_branches: the same where data decide, too, whether they are run: so the
+      gradients of a ring go home, the shorter way. That is one hop for a ring
+      that went all round, as it is counted.
   """
-  program = _Program(text, unknown)
+  program = _Program(text, unknown, in_branches)
   return list(program.walk(program.entry, 1))
 
 
@@ -76,8 +81,8 @@ def total(found: list[Exchange], hidden: bool | None = None) -> int:
 class _Program:
   """The computations of a program by name, each a list of lines."""
 
-  def __init__(self, text: str, unknown: int):
-    self.unknown, self.lines = unknown, {}
+  def __init__(self, text: str, unknown: int, in_branches: int):
+    self.unknown, self.in_branches, self.lines = unknown, in_branches, {}
     self.under_way = set()  # exchanges begun, and not yet ended
     for match in re.finditer(
       r'^(ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}', text, re.M | re.S
@@ -87,9 +92,10 @@ class _Program:
       if entry:
         self.entry = name
 
-  def walk(self, name: str, times: int) -> Iterator[Exchange]:
+  def walk(self, name: str, times: int, branch=False) -> Iterator[Exchange]:
     """The exchanges of a computation that is run so many times."""
     lines = self.lines[name]
+    unknown = self.in_branches if branch else self.unknown
     channels = set()  # an exchange may be cut in pieces, between computations
     for at, line in enumerate(lines):
       kind = line.op.removesuffix('-start')
@@ -97,10 +103,12 @@ class _Program:
         yield self.exchange(line, kind, times, self.hides(lines, at))
       elif line.op == 'while':
         condition, body = (_named(line, x) for x in ('condition', 'body'))
-        yield from self.walk(body, times * self.trips(lines, line, condition))
+        trips = self.trips(lines, line, condition)
+        trips = unknown if trips is None else trips
+        yield from self.walk(body, times * trips, branch)
       elif line.op == 'conditional':
         branches = [
-          list(self.walk(branch, times)) for branch in _branches(line.rest)
+          list(self.walk(one, times, True)) for one in _branches(line.rest)
         ]
         yield from max(branches, key=total, default=[])
       elif line.op in ('fusion', 'call', 'async-start'):
@@ -120,7 +128,7 @@ class _Program:
               yield self.exchange(part, part.op, times, work)
             channels.add(channel[1])
           elif line.op == 'call' and part.op == 'while':
-            yield from self.walk(inner, times)
+            yield from self.walk(inner, times, branch)
             break
 
   def exchange(self, line: _Line, kind, times, hidden) -> Exchange:
@@ -162,21 +170,21 @@ class _Program:
     inner = _named(line, 'calls') if line.op == 'fusion' else None
     return any(self.works(x) for x in self.lines.get(inner, ()))
 
-  def trips(self, lines, loop, condition) -> int:
-    """How often a loop is run that counts up to a constant."""
+  def trips(self, lines, loop, condition) -> int | None:
+    """How often a loop is run, if it counts up to a constant."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
       return int(known[1])
     names = {line.name: line for line in self.lines[condition]}
     test = self.lines[condition][-1]
     if test.op == 'fusion':
-      return self.unknown if not (c := _constants(names.values())) else max(c)
+      return max(_constants(names.values()), default=None)
     ends = [
       value
       for name in re.findall(r'%([\w.-]+)', test.rest)
       if name in names and (value := _constant(names[name])) is not None
     ]
     if test.op != 'compare' or 'direction=LT' not in test.rest or not ends:
-      return self.unknown
+      return None
     return ends[0] - self.start(lines, loop)
 
   def start(self, lines, loop) -> int:

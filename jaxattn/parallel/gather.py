@@ -71,11 +71,10 @@ def over(axis: str, groups: int = 1):
       key = all_of_time(key, axis)
       if groups == 1:
         return serve(rule, q, k, v, extras, query, key)
+      inputs = q, k, v, tensor.wide(extras)
 
       def group(i):
-        return serve(
-          rule, *tensor.heads(i, groups, q, k, v, extras), query, key
-        )
+        return serve(rule, *tensor.heads(i, groups, *inputs), query, key)
 
       results = lax.map(group, jnp.arange(groups))
       join = lambda x: jnp.moveaxis(x, 0, 2).reshape(

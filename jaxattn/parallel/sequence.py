@@ -245,6 +245,7 @@ def attention(
 
   Raises:
     NotImplementedError: the strategy asked for cannot serve the call.
+    ValueError: a bias does not have the columns of all devices.
   """
   dense = query_order is None and key_order is None
   over, devices = None, tensor.size(meshes.MODEL)
@@ -252,6 +253,12 @@ def attention(
   if parts(k) > 1:
     (*some, h, d), (s, heads) = q.shape, k.shape[1:3]
     sizes = *some, h // shared, d, s, heads // shared, v.shape[3]
+    bias = rule.get('bias')
+    if bias is not None and bias.shape[3] != s * parts(k):
+      raise ValueError(
+        f'a bias must have a column for each of the {s * parts(k)} keys of all'
+        f' {parts(k)} devices, not {bias.shape[3]}'
+      )
     # All engines but some of `flash` have a backward pass of their own.
     named = flash.BACKENDS.get(rule.get('implementation'))
     backward = named is None or named.backward is not None

@@ -95,9 +95,12 @@ class Strategy:
   over: Over | None = dataclasses.field(default=None, repr=False, compare=False)
 
   def __str__(self):
+    hops = f', hops: {self.hops}'
+    if self.hops > 1:
+      hops += f', on average {place.amount(self.sent // self.hops)}'
     return (
       f'{self.name} ({self.reason}): each device sends'
-      f' {place.amount(self.sent)} forward, hops: {self.hops}; it holds'
+      f' {place.amount(self.sent)} forward{hops}; it holds'
       f' {place.amount(self.held)} of others'
     )
 
@@ -154,7 +157,10 @@ def _hybrid(call: Call) -> tuple:
   size = group_size(call)
   if size == 1:
     both = f'{call.k} key heads and {call.devices} devices'
-    return (f'{both} have no common divisor above 1',)
+    return (
+      f'{both} have no common divisor above 1 and below {call.devices}: a group'
+      ' shares the key heads, and several groups form the ring',
+    )
   hops = call.hops(size)
   inner = ring.over(ring.Ring(meshes.SEQ, size), call.known)
   _, two, sent, held, over = _ulysses(call, size, inner)
@@ -233,7 +239,9 @@ def choose(call: Call, forced: str | None = None) -> Strategy:
     ValueError: no strategy has the name that is asked for.
     NotImplementedError: it cannot serve the call.
   """
-  return say('attention', call.devices, _chosen(call, forced))
+  chosen = _chosen(call, forced)
+  say('attention', call.devices, chosen)
+  return chosen
 
 
 @functools.cache
@@ -263,11 +271,11 @@ def remember(call: Call) -> Strategy:
   size = call.b * tree.sent(call.devices, call.t, call.h, call.e, call.itemsize)
   reason = f'parts of {place.amount(call.s * call.token)} stay'
   strategy = Strategy('tree', reason, 2, size, 0, tree.over(meshes.SEQ))
-  return say('attention', call.devices, strategy)
+  say('attention', call.devices, strategy)
+  return strategy
 
 
-@functools.cache  # and so logged once
-def say(what: str, devices: int, strategy: Strategy) -> Strategy:
+@functools.cache  # and so logged once, for all calls that cost the same
+def say(what: str, devices: int, strategy: Strategy) -> None:
   """Says to the log how something runs."""
   log.info('%s over %d devices runs as %s', what, devices, strategy)
-  return strategy

@@ -73,7 +73,11 @@ def _take(tree, places, axis):
 
 
 def work(
-  mask: Mask, length: int, devices: int, layout: str, tile: int = 512
+  mask: Mask,
+  length: int,
+  devices: int,
+  layout: str,
+  tile: tuple[int, int] = (512, 512),
 ) -> np.ndarray:
   """Tiles that each device computes in each hop of a ring, 'devices hops'.
 
@@ -85,15 +89,18 @@ def work(
     tile: queries and keys in a tile; at most what a device has.
   """
   places = order(length, devices, layout).reshape(devices, 1, -1)
-  tile = min(tile, places.shape[2])
-  token_blocks = lambda x: tiles.token_blocks(Tokens(Side(x)), tile)
-  with jax.ensure_compile_time_eval():
-    extents = [masks.extent(token_blocks(part)) for part in places]  # 'n 1'
-    extents = jax.tree.map(lambda *x: np.stack(x)[..., 0], *extents)
-  query = jax.tree.map(lambda x: x[:, :, None], extents)
+
+  def extents(size):
+    cut = lambda x: tiles.token_blocks(Tokens(Side(x)), size)
+    with jax.ensure_compile_time_eval():
+      found = [masks.extent(cut(part)) for part in places]  # 'n 1'
+    return jax.tree.map(lambda *x: np.stack(x)[..., 0], *found)
+
+  queries, keys = (extents(min(size, places.shape[2])) for size in tile)
+  query = jax.tree.map(lambda x: x[:, :, None], queries)
   found = np.zeros((devices, devices), int)
   for hop in range(devices):
-    key = jax.tree.map(lambda x, n=hop: np.roll(x, n, 0)[:, None], extents)
+    key = jax.tree.map(lambda x, n=hop: np.roll(x, n, 0)[:, None], keys)
     empty, _ = masks.judge(mask, query, key)
     shape = (devices, query.uniform.shape[1], key.uniform.shape[2])
     found[:, hop] = np.sum(~np.broadcast_to(empty, shape), (1, 2))

@@ -10,7 +10,15 @@ results are put side by side. A strategy for time may stand inside.
 import jax
 from jax import lax
 
-from pallas_kernels.problem import Engine, Extras, Operands, Over
+from pallas_kernels.problem import (
+  Engine,
+  Extras,
+  Operands,
+  Over,
+  accumulator,
+  floats,
+  with_floats,
+)
 
 
 def size(axis: str) -> int:
@@ -43,6 +51,16 @@ def heads(i, n: int, q, k, v, extras: Extras) -> tuple:
   )
 
 
+def wide(extras: Extras) -> Extras:
+  """The same in numbers as wide as sums.
+
+  Of what heads share each group of them makes a gradient: they are added up
+  before they are rounded to what was given, not after.
+  """
+  cast = lambda x: x.astype(accumulator(x))
+  return with_floats(extras, jax.tree.map(cast, floats(extras)))
+
+
 def _part(x, axis, i, n):
   """Of what all heads share, all."""
   if x.shape[axis] == 1:
@@ -65,7 +83,7 @@ def over(axis: str, n: int, inner: Over | None = None):
       engine = inner(engine)
 
     def attend(rule, q, k, v, extras, query, key):
-      mine = heads(lax.axis_index(axis), n, q, k, v, extras)
+      mine = heads(lax.axis_index(axis), n, q, k, v, wide(extras))
       results = engine.attend(rule, *mine, query, key)
       # The same on all of them, and JAX has to know that it is.
       join = lambda x: lax.all_gather(

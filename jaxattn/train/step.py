@@ -167,6 +167,16 @@ class Feed:
     """Number of test batches, at most `most`."""
     return min(most, -(-self.task.test_rows // self.batch))
 
+  def blank(self) -> tuple[Array, Packing | None]:
+    """Inputs of a slice, all zero, and whether their tokens are in order."""
+    facts = build.facts(self.task) | {'length': self.length}
+    inputs = build.blank(facts, self.rows)
+    near = self.layout == 'contiguous'
+    if near and self.length == self.task.length:
+      return inputs, None
+    packing = Packing.dense(*inputs.shape[:2])
+    return inputs, dataclasses.replace(packing, whole=near)
+
   def packing(self, batch: Batch, layout: str) -> Packing | None:
     """Where the tokens of a task's rows stand, if that needs to be said."""
     near, packing = layout == 'contiguous', batch.packing
@@ -251,10 +261,11 @@ def programs(
     return jax.random.split(jax.random.key(seed))
 
   def init() -> TrainState:
-    inputs = build.blank(build.facts(task), feed.rows)
-    # Explicit shardings are types: initialise on what training will see.
-    inputs = place.put(inputs, place.tokens(*inputs.shape[:2], mesh))
-    variables = model.init(keys()[0], inputs)
+    blank = feed.blank()
+    # Explicit shardings are types: initialise on what training will see. And
+    # what cannot serve that layout says so now.
+    inputs, packing = place.put(blank, place.tokens(*blank[0].shape[:2], mesh))
+    variables = model.init(keys()[0], inputs, packing)
     params = variables['params']
     return TrainState(
       step=jnp.int32(0),
