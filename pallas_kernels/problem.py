@@ -204,6 +204,8 @@ def problem(
       f' {q.shape}, {k.shape} and {v.shape}'
     )
   (b, t, h, d), s = q.shape, k.shape[1]
+  if h == 0 or d == 0:
+    raise ValueError(f'there are no heads, or they have no width: q {q.shape}')
   if k.shape[2] == 0 or h % k.shape[2]:
     raise ValueError(
       f'{h} query heads cannot share {k.shape[2]} key heads evenly'
@@ -235,17 +237,25 @@ def problem(
         f'a bias must be `b h t s`, here {(b, h, t, s)} (with 1 for b or h'
         f' where it is shared), not {shape}'
       )
+  # As wide as scores: so gradients, which add up over tiles, are rounded once.
+  dtype = accumulator(q)
+  operands = lambda one: jax.tree.map(
+    lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
+    Operands.of(one),
+  )
+  if bias is not None and jnp.promote_types(bias.dtype, dtype) != dtype:
+    bias = bias.astype(dtype)
   rule = Rule(
     mask=mask,
     scale=scale,
     scores=tuple(one.fn for one in scores),
     weights=tuple(one.fn for one in weights),
-    dtype=np.dtype(accumulator(q) if wide else q.dtype),
+    dtype=np.dtype(dtype if wide else q.dtype),
     ordered=ordered,
     blocks=blocks or Blocks(),
   )
   extras = Extras(
-    tuple(map(Operands.of, scores)), tuple(map(Operands.of, weights)), bias
+    tuple(map(operands, scores)), tuple(map(operands, weights)), bias
   )
   return rule, extras, query, key
 
@@ -292,12 +302,12 @@ def _check_static(what, fn):
       ' would be lost: let it be one of the operands of the Score'
     )
   if dataclasses.is_dataclass(fn):
-    fields = {field.name for field in dataclasses.fields(fn)}
+    fields = {x.name for x in dataclasses.fields(fn) if x.compare}
     if others := sorted(set(vars(fn)) - fields):
       raise TypeError(
         f'the {what} {type(fn).__name__} has {", ".join(others)} besides its'
-        ' fields, so two of them would count as equal: make it a frozen'
-        ' dataclass with them as fields'
+        ' fields that are compared, so two of them would count as equal: make'
+        ' it a frozen dataclass with them as such fields'
       )
     for name in fields:
       if isinstance(getattr(fn, name), Mask):
@@ -313,6 +323,11 @@ def _check_operands(score, b, t, s, h):
     raise TypeError(
       'operands, queries and keys of a Score are tuples of arrays'
     )
+  for x in (*score.operands, *score.queries, *score.keys):
+    if not hasattr(x, 'dtype') or not hasattr(x, 'shape'):
+      raise TypeError(
+        f'an operand of a Score must be an array, not a {type(x).__name__}'
+      )
   for operand in score.operands:
     if operand.shape[:1] != (h,):
       raise ValueError(
@@ -335,7 +350,10 @@ def _tokens(name, x, order, segments, tags):
   b, t = x.shape[:2]
 
   def per_token(what, values):
-    if not isinstance(values, jax.Array):
+    known = not isinstance(values, jax.core.Tracer)
+    if not isinstance(values, jax.Array) or (
+      known and values.dtype.name in ('uint32', 'int64', 'uint64')
+    ):
       values = np.asarray(values)
       bound = np.iinfo(np.int32)
       if values.size and not (

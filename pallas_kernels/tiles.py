@@ -42,7 +42,7 @@ def prepare(rule: Rule, q, k, query: Tokens, key: Tokens):
   k_side = _block(rule.blocks.k, s, max(side, side**2 // q_side))
   # A tile that was not asked for is not much wider than it is high.
   most = k_side if rule.blocks.k else min(k_side, side)
-  single = 0 in (t, s) or (t <= q_side and s <= most)
+  single = 0 in (b, t, s) or (t <= q_side and s <= most)
   if s % k_side:  # the last block holds padding, which nobody may see
     query, key = one_segment(query), one_segment(key)
   rule = dataclasses.replace(rule, blocks=Blocks(q_side, k_side))
@@ -110,14 +110,29 @@ def as_tile(extras: Extras) -> Extras:
   )
 
 
-def split(x, block, k=None, mode='constant'):
+def filled(x, axis, length, last=False):
+  """x with zeros behind it along an axis, or with its last entry repeated.
+
+  As `jnp.pad` does it, but that other axes may be sharded in Explicit mode.
+  """
+  more = length - x.shape[axis]
+  if not more:
+    return x
+  if not last:
+    return jnp.pad(x, [(0, more * (at == axis)) for at in range(x.ndim)])
+  behind = lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
+  shape = [more if at == axis else n for at, n in enumerate(x.shape)]
+  return jnp.concatenate([x, jnp.broadcast_to(behind, shape)], axis)
+
+
+def split(x, block, k=None, last=False):
   """`b t h ...` to `n b k r ...`: n blocks of rows r = (g c), for h = (k g).
 
-  The last block is filled up with zeros, or as the mode of `jnp.pad` says.
+  The last block is filled up, see `filled`.
   """
   b, t, h, *rest = x.shape
   n, g = math.ceil(t / block), h // (k or h)
-  x = jnp.pad(x, [(0, 0), (0, n * block - t)] + [(0, 0)] * (x.ndim - 2), mode)
+  x = filled(x, 1, n * block, last)
   # One axis at a time: so batch and heads may be sharded in Explicit mode.
   x = x.reshape(b, n, block, h, *rest).reshape(b, n, block, h // g, g, *rest)
   return jnp.moveaxis(x, (1, 2), (0, 4)).reshape(n, b, h // g, g * block, *rest)
@@ -135,21 +150,28 @@ def join(x, t, h):
 def token_blocks(tokens, block):
   """`b t` to `n b c`."""
 
-  def blocks(x, **mode):
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), **mode)
-    return jnp.moveaxis(x.reshape(len(x), -1, block), 1, 0)
+  def blocks(x, last=False):
+    n = math.ceil(x.shape[1] / block)
+    x = filled(x, 1, n * block, last).reshape(len(x), n, block)
+    return jnp.moveaxis(x, 1, 0)
 
   # Padding is in segment 0. It repeats the last order and tags, for ranges to
   # stay tight where there are no segments (that is, among queries only).
-  side = jax.tree.map(functools.partial(blocks, mode='edge'), tokens.side)
+  side = jax.tree.map(functools.partial(blocks, last=True), tokens.side)
   return Tokens(side, jax.tree.map(blocks, tokens.segments))
 
 
 def arrange(rule: Rule, like_q, like_k, query: Tokens, key: Tokens):
-  """Blocks of all that travels with queries, with keys; and their extents."""
+  """Blocks of all that travels with queries, with keys; and their extents.
+
+  Queries and keys come first. They are filled up with what occurs: a score of
+  the padding, which nobody sees, then has a derivative as others have.
+  """
   heads = like_k[0].shape[2]
-  queries = [split(x, rule.blocks.q, heads) for x in like_q]
-  keys = [split(x, rule.blocks.k) for x in like_k]
+  queries = [
+    split(x, rule.blocks.q, heads, at == 0) for at, x in enumerate(like_q)
+  ]
+  keys = [split(x, rule.blocks.k, last=at == 0) for at, x in enumerate(like_k)]
   query = token_blocks(query, rule.blocks.q)
   key = token_blocks(key, rule.blocks.k)
   g = like_q[0].shape[2] // heads
@@ -168,8 +190,8 @@ def lay(rule: Rule, extras: Extras) -> Extras:
     # Filled up with what occurs: a score may divide by it.
     return Operands(
       own.heads,
-      tuple(split(x, blocks.q, mode='edge') for x in own.queries),
-      tuple(split(x, blocks.k, mode='edge') for x in own.keys),
+      tuple(split(x, blocks.q, last=True) for x in own.queries),
+      tuple(split(x, blocks.k, last=True) for x in own.keys),
     )
 
   bias = extras.bias

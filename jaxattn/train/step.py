@@ -168,14 +168,11 @@ class Feed:
     return min(most, -(-self.task.test_rows // self.batch))
 
   def blank(self) -> tuple[Array, Packing | None]:
-    """Inputs of a slice, all zero, and whether their tokens are in order."""
-    facts = build.facts(self.task) | {'length': self.length}
-    inputs = build.blank(facts, self.rows)
-    near = self.layout == 'contiguous'
-    if near and self.length == self.task.length:
+    """Inputs of a slice, all zero, and a packing if they are out of order."""
+    inputs = build.blank(build.facts(self.task), self.rows)
+    if self.layout == 'contiguous':
       return inputs, None
-    packing = Packing.dense(*inputs.shape[:2])
-    return inputs, dataclasses.replace(packing, whole=near)
+    return inputs, Packing.dense(*inputs.shape[:2])
 
   def packing(self, batch: Batch, layout: str) -> Packing | None:
     """Where the tokens of a task's rows stand, if that needs to be said."""

@@ -58,6 +58,7 @@ from pallas_kernels.problem import (
   reverse,
   unfit,
 )
+from pallas_kernels.tiles import filled
 
 try:
   from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -492,9 +493,10 @@ def forward(rule, q, k, v, extras, query, key):
   o = plan.like((plan.b, plan.long_q, plan.h, plan.e), dtype)
   o, m, l = _call(  # noqa: E741
     *(rule, plan, _forward_kernel, 'flash_forward', True, extras, query, key),
+    # Padding is filled up with what occurs, see `tiles.arrange`.
     ins=(
-      _filled(q, plan.long_q, plan.d),
-      _filled(k, plan.long_k, plan.d),
+      _filled(q, plan.long_q, plan.d, True),
+      _filled(k, plan.long_k, plan.d, True),
       _filled(v, plan.long_k, plan.e),
     ),
     outs=[o, rows, rows],
@@ -666,8 +668,8 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
       *(rule, plan, kernel, 'flash_backward_' + name, by_query),
       *(extras, query, key),
       ins=(
-        _filled(q, plan.long_q, plan.d),
-        _filled(k, plan.long_k, plan.d),
+        _filled(q, plan.long_q, plan.d, True),
+        _filled(k, plan.long_k, plan.d, True),
         _filled(v, plan.long_k, plan.e),
         _filled(do, plan.long_q, plan.e),
         *rows,
@@ -796,8 +798,6 @@ def _more(plan, extras, query, key, by_query):
   }
 
 
-def _filled(x, length, width):
-  """'b t h d' with zeros behind, up to whole tiles."""
-  more = length - x.shape[1], width - x.shape[3]
-  fill = (0, 0), (0, more[0]), (0, 0), (0, more[1])
-  return jnp.pad(x, fill) if any(more) else x
+def _filled(x, length, width, last=False):
+  """'b t h d' up to whole tiles: zeros beside it; behind it see `filled`."""
+  return filled(filled(x, 3, width), 1, length, last)

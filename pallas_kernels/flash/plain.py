@@ -61,7 +61,10 @@ def _folded(rule, q, k, v, extras, query, key):
     for tokens, block in ((query, rule.blocks.q), (key, rule.blocks.k))
   )
   extents, key_extents = masks.extent(query), masks.extent(key)
-  in_blocks = lambda x, block: jnp.swapaxes(tiles.split(x, block), 2, 3)
+  # Filled up with what occurs, see `tiles.arrange`.
+  in_blocks = lambda x, block: jnp.swapaxes(
+    tiles.split(x, block, last=True), 2, 3
+  )
   q_blocks = in_blocks(q, rule.blocks.q)  # 'n b c h d'
   k_blocks, v_blocks = in_blocks(k, rule.blocks.k), in_blocks(v, rule.blocks.k)
 

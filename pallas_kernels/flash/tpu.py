@@ -214,9 +214,9 @@ def forward(rule, q, k, v, extras, query, key):
   keys = layout.lay_tokens(plan, key, plan.long_k)
   ins = {
     'q': layout.rows_first(
-      layout.scaled(q, rule.scale * plan.unit), plan.long_q
+      layout.scaled(q, rule.scale * plan.unit), plan.long_q, True
     ),
-    'k': layout.rows_first(k, plan.long_k),
+    'k': layout.rows_first(k, plan.long_k, True),
     'v': layout.rows_last(v, plan.long_k),
     'query': layout.lay_tokens(plan, query, plan.long_q),
     'key': keys,
@@ -489,8 +489,10 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
     tuple(layout.lay_operands(plan, one) for one in extras.weights),
     layout.lay_bias(plan, extras.bias),
   )
+  # Padding is filled up with what occurs, and nobody sees it: its scores then
+  # have a derivative as others have.
   q_laid = layout.rows_first(
-    layout.scaled(q, rule.scale * plan.unit), plan.long_q
+    layout.scaled(q, rule.scale * plan.unit), plan.long_q, True
   )
   do_laid = layout.rows_first(do.astype(q.dtype), plan.long_q)
   ins = {
@@ -499,8 +501,8 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
     'do': do_laid,
     'do_before': do_laid,
     'known': layout.rows_last(jnp.stack(known, 3), plan.long_q),
-    'k': layout.rows_first(k, plan.long_k),
-    'k_turned': layout.rows_last(k, plan.long_k),
+    'k': layout.rows_first(k, plan.long_k, True),
+    'k_turned': layout.rows_last(k, plan.long_k, True),
     'v': layout.rows_first(v, plan.long_k),
     'query': layout.lay_tokens(plan, query, plan.long_q),
     'key': layout.lay_tokens(plan, key, plan.long_k),

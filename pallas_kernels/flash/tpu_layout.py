@@ -26,6 +26,7 @@ from pallas_kernels.problem import (
   one_segment,
   with_floats,
 )
+from pallas_kernels.tiles import filled
 
 VMEM = 64 * 2**20  # bytes that a kernel may use, where a chip has as many
 SHORT = 2048  # tokens of which, in float32, a smaller tile does better
@@ -171,43 +172,41 @@ def known(rule: Rule, q, k, v, extras, query, key, sides: Tile) -> dict:
   )
 
 
-def _padded(x, axis, size, mode='constant'):
-  """Zeros behind, up to a size; or what the mode of `jnp.pad` says."""
-  fill = [(0, 0)] * x.ndim
-  fill[axis] = (0, size - x.shape[axis])
-  return jnp.pad(x, fill, mode)
-
-
 def scaled(x, factor):
   """In the type of x, with but one rounding: of the product."""
   return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def rows_first(x, length):
-  """'b t h d' to 'b h t d', padded."""
-  return _padded(jnp.swapaxes(x, 1, 2), 2, length)
+def rows_first(x, length, last=False):
+  """'b t h d' to 'b h t d', filled up."""
+  return filled(jnp.swapaxes(x, 1, 2), 2, length, last)
 
 
-def rows_last(x, length):
-  """'b t h d' to 'b h d t', padded."""
-  return _padded(jnp.moveaxis(x, 1, 3), 3, length)
+def rows_last(x, length, last=False):
+  """'b t h d' to 'b h d t', filled up."""
+  return filled(jnp.moveaxis(x, 1, 3), 3, length, last)
 
 
 def lay_tokens(plan, tokens: Tokens, length):
   """Order, segments and tags as rows of one array 'rows f t', or None."""
   if not plan.tokens:
     return None
-  fields = [tokens.side.order]
+  # Padding is in segment 0; what a score or a mask reads there is what occurs.
+  fields = [(tokens.side.order, True)]
   if plan.segments:
-    fields.append(tokens.segments)
+    fields.append((tokens.segments, False))
   elif plan.ragged:
-    fields.append(jnp.ones_like(tokens.side.order))
-  fields += [x for _, x in sorted((tokens.side.tags or {}).items())]
+    fields.append((jnp.ones_like(tokens.side.order), False))
+  tags = sorted((tokens.side.tags or {}).items())
+  fields += [(x, True) for _, x in tags]
   # One side may have fewer tags than the other.
-  fields += [jnp.zeros_like(fields[0])] * (plan.fields - len(fields))
+  none = jnp.zeros_like(tokens.side.order)
+  fields += [(none, False)] * (plan.fields - len(fields))
   shape = (plan.rows, tokens.side.order.shape[1])
-  fields = [jnp.broadcast_to(x, shape) for x in fields]
-  return _padded(jnp.stack(fields, 1), 2, length)
+  laid = [
+    filled(jnp.broadcast_to(x, shape), 1, length, last) for x, last in fields
+  ]
+  return jnp.stack(laid, 1)
 
 
 def lay_operands(plan, own: Operands) -> Operands:
@@ -215,7 +214,7 @@ def lay_operands(plan, own: Operands) -> Operands:
 
   def per_token(x, length):
     # Filled up with what occurs: a score may divide by it.
-    return _padded(jnp.swapaxes(x, 1, 2), 2, length, 'edge')[:, :, None]
+    return filled(jnp.swapaxes(x, 1, 2), 2, length, True)[:, :, None]
 
   return Operands(
     tuple(x.reshape(len(x), 1, -1) for x in own.heads),
@@ -228,7 +227,7 @@ def lay_bias(plan, bias):
   """'b h s t', padded."""
   if bias is None:
     return None
-  return _padded(_padded(bias.mT, 3, plan.long_q), 2, plan.long_k)
+  return filled(filled(bias.mT, 3, plan.long_q), 2, plan.long_k)
 
 
 def pick(x, *index):
