@@ -5,7 +5,7 @@ perhaps exchanged. A function of scores can be had there if each element of its
 result is made of the same element of the scores, and of what it is given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +47,18 @@ def inner(equation) -> core.Jaxpr | core.ClosedJaxpr | None:
 
 
 def refuses(
-  fn: Callable, own: Operands, query: Tokens, key: Tokens
+  fn: Callable,
+  own: Operands,
+  query: Tokens,
+  key: Tokens,
+  lacks: Set[str] = frozenset(),
 ) -> str | None:
   """Why a kernel cannot do this to its scores, or None.
 
   Args:
     fn, own: what is done, as in `Score`, and what it reads.
     query, key: whose tags it reads.
+    lacks: of NAMES, those that its compiler does not know.
   """
   name = getattr(fn, '__name__', type(fn).__name__)
   entries = own.heads[0].shape[1] if isinstance(fn, Table) else 0
@@ -83,38 +88,50 @@ def refuses(
     return (
       f'{name} holds an array: let it be an operand, which leads with heads'
     )
-  moved = set()
   of_tile = [False] * len(heads) + [True] * len(jax.tree.leaves(tile))
-  _walk(traced.jaxpr, of_tile, moved)
+  return _uses(name, traced.jaxpr, of_tile, lacks)
+
+
+def holds(
+  mask: Callable, query: Side, key: Side, lacks: Set[str] = frozenset()
+) -> str | None:
+  """Why a kernel cannot have such a mask, or None."""
+  like = lambda side, *shape: jax.tree.map(
+    lambda _: jax.ShapeDtypeStruct(shape, jnp.int32), side
+  )
+  traced = jax.make_jaxpr(mask)(like(query, 1, 16), like(key, 8, 1))
+  name = type(mask).__name__
+  if traced.consts:
+    return f'{name} holds an array: let a tag of the tokens hold it'
+  return _uses(name, traced.jaxpr, [True] * len(traced.jaxpr.invars), lacks)
+
+
+def _uses(name, jaxpr, of_tile, lacks) -> str | None:
+  """Why a kernel cannot compute this, or None."""
+  moved, used = set(), set()
+  _walk(jaxpr, of_tile, moved, used)
   if moved:
     return f'{name} is not elementwise: it uses {", ".join(sorted(moved))}'
+  if unknown := used & lacks:
+    unknown = ', '.join(sorted(unknown))
+    return f'{name} uses {unknown}, which its compiler lacks'
   return None
 
 
-def holds(mask: Callable, query: Side, key: Side) -> str | None:
-  """Why a kernel cannot have such a mask, or None."""
-  like = lambda side: jax.tree.map(
-    lambda _: jax.ShapeDtypeStruct((1, 1), jnp.int32), side
-  )
-  if jax.make_jaxpr(mask)(like(query), like(key)).consts:
-    name = type(mask).__name__
-    return f'{name} holds an array: let a tag of the tokens hold it'
-  return None
-
-
-def _walk(jaxpr, of_tile, moved) -> list[bool]:
-  """Adds what moves elements of a tile; says which results are of a tile."""
+def _walk(jaxpr, of_tile, moved, used) -> list[bool]:
+  """Adds what moves elements of a tile, or is used; says what is of a tile."""
   known = dict(zip(jaxpr.invars, of_tile))
   read = lambda x: not isinstance(x, core.Literal) and known.get(x, False)
   rest = lambda x: [size for size in x.aval.shape if size > 1]
   for equation in jaxpr.eqns:
     which, name = list(map(read, equation.invars)), equation.primitive.name
-    function = inner(equation)
+    function = None if name == 'scan' else inner(equation)
     if function is not None:
       function = getattr(function, 'jaxpr', function)
-      found = _walk(function, which, moved)
+      found = _walk(function, which, moved, used)
     else:
       found = [any(which)] * len(equation.outvars)
+      used.add(name)
       if name in MOVES:
         stays = name == 'broadcast_in_dim' or all(
           rest(x) == rest(y)

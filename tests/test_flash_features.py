@@ -317,6 +317,10 @@ PADDED = {  # t leaves a rest, s leaves one, both do
 }
 
 
+def _power(x, query, key, a, b):
+  return 2 * jnp.log(jnp.abs(x)) + 0 * (a + b)
+
+
 @pytest.mark.parametrize('form', [*FORMS, 'sigmoid'])
 @pytest.mark.parametrize('lengths', PADDED)
 def test_nothing_leaks_from_the_rest_of_a_block(lengths, form):
@@ -340,7 +344,12 @@ def test_nothing_leaks_from_the_rest_of_a_block(lengths, form):
 
     return jax.jit(jax.grad(loss, range(5)))(q, k, v, *operands)
 
-  for fn, operands in ((Difference(), high), (Temperature(), mild)):
+  # The last has no derivative at 0, nor at any score of zeros.
+  for fn, operands in (
+    (Difference(), high),
+    (Temperature(), mild),
+    (_power, mild),
+  ):
     got = gradients(fn, operands, Blocks(8, 8))
     want = gradients(fn, operands, Blocks(16, 16))
     for one, other in zip(got, want):
@@ -633,6 +642,13 @@ class Last(Mask):
 
 
 @dataclasses.dataclass(frozen=True)
+class Unlike(Mask):
+  """Wrong: all of them are equal."""
+
+  n: int = dataclasses.field(compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class Among(Mask):
   keys: list
 
@@ -644,11 +660,13 @@ class Among(Mask):
     ({'mask': Causal}, 'mask must be a Mask'),
     ({'mask': Last(3)}, 'Last has n besides its fields'),
     ({'mask': Causal() & Last(3)}, 'Last has n besides its fields'),
+    ({'mask': Unlike(3)}, 'Unlike has n besides its fields that are compared'),
     ({'mask': Among([1])}, 'must be hashable'),
     ({'blocks': (8, 8)}, 'blocks must be a Blocks'),
     ({'dropout': 0.1}, 'dropout must be a Dropout'),
     ({'score': lambda x, *_: x}, 'score must be a Score'),
     ({'score': Score(Relative(), [np.ones((H, 3))])}, 'are tuples'),
+    ({'score': Score(Slopes(), (1.0,))}, 'must be an array, not a float'),
     ({'bias': np.ones((1, 1, T, S), bool)}, 'for a mask to say'),
     ({'query_order': np.arange(T) / 2}, 'query order must be integers'),
     ({'key_segments': np.ones(S)}, 'key segments must be integers'),
@@ -699,11 +717,17 @@ def test_segments_below_one_are_padding(form):
 
 @pytest.mark.parametrize('form', FORMS)
 def test_a_batch_of_none(form):
-  x = jnp.zeros((0, T, 2, 4))
-  attend = lambda x: flash.attention(
-    x, x, x, implementation=form, blocks=FORMS[form]
-  )
-  assert jax.grad(lambda x: attend(x).sum())(x).shape == attend(x).shape
+  x, none = jnp.zeros((0, T, 2, 4)), jnp.zeros((0, T), int)
+  for given in (
+    {},
+    {'bias': jnp.zeros((1, 1, T, T)), 'softcap': 2.0},
+    {'dropout': Dropout(0.1, seed=1)},
+    {'query_segments': none, 'key_segments': none, 'mask': Causal()},
+  ):
+    attend = lambda x, given=given: flash.attention(
+      x, x, x, implementation=form, blocks=FORMS[form], **given
+    )
+    assert jax.grad(lambda x, f=attend: f(x).sum())(x).shape == x.shape
 
 
 @pytest.mark.parametrize(

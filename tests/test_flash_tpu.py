@@ -191,9 +191,9 @@ def results(attend, arrays, numbers, given, weight=1.0):
   return jax.tree.map(lambda x: np.asarray(x, np.float64), found)
 
 
-def kernel(q, k, v, numbers, **given):
-  """o and lse by the kernels."""
-  o, m, total = ask(tpu.attend, q, k, v, numbers, **given)
+def kernel(q, k, v, numbers, engine=None, **given):
+  """o and lse by the kernels, or by another engine."""
+  o, m, total = ask(engine or tpu.attend, q, k, v, numbers, **given)
   unseen = total == 0
   lse = m + jnp.log(jnp.where(unseen, 1, total))
   return o, jnp.where(unseen, -jnp.inf, lse)
@@ -257,7 +257,20 @@ def test_exact(name, capfd):
   assert broken(fast, naive, exactly(name)) == []
 
 
-def in_parts(chip):
+@pytest.mark.parametrize(('d', 'e'), [(256, 256), (256, 32), (32, 256)])
+def test_wide_heads(d, e, capfd):
+  """In the same tiles: a sum of 128 products errs as that of `plain` does."""
+  arrays = draw(2, 200, 200, 2, 1, d, e)
+  in_tiles = functools.partial(kernel, engine=plain.attend)
+  naive = [results(in_tiles, arrays, {}, {}, w) for w in WEIGHTS]
+  with jax.enable_x64(True):
+    exact = results(formula, arrays, {}, {})
+  fast = interpreted(lambda: results(kernel, arrays, {}, {}))
+  assert 'RACE DETECTED' not in capfd.readouterr().out
+  assert broken(fast, naive, exact) == []
+
+
+def in_parts(chip, numbers={}):  # noqa: B006
   """What breaks the rule where tiles have parts, as they have on a chip.
 
   Five tiles of keys for a block of queries, of 2 x 2 parts on a v5e, and on a
@@ -266,18 +279,25 @@ def in_parts(chip):
   q, k, *rest = draw(1, 300, 1100)
   arrays = q, k * np.linspace(0.5, 2, 1100)[:, None, None], *rest
   given = {'mask': Causal(), 'query_order': np.arange(300) + 800}
+  given |= {'score': Difference()} if numbers else {}
   with jax.enable_x64(True):
-    exact = results(formula, arrays, {}, given)
-  naive = [results(formula, arrays, {}, given, w) for w in WEIGHTS]
+    exact = results(formula, arrays, numbers, given)
+  naive = [results(formula, arrays, numbers, given, w) for w in WEIGHTS]
   given['blocks'] = Blocks(256, 256)
   with mock.patch.object(blocks, 'chip', return_value=chip):
-    fast = interpreted(lambda: results(kernel, arrays, {}, given))
+    fast = interpreted(lambda: results(kernel, arrays, numbers, given))
   return broken(fast, naive, exact)
 
 
-@pytest.mark.parametrize('chip', ['TPU v5 lite', 'TPU v6 lite'])
-def test_exact_in_parts(chip, capfd):
-  assert in_parts(chip) == []
+OWN = {'queries': (number(1, 300, 2),), 'keys': (number(1, 1100, 1),)}
+
+
+@pytest.mark.parametrize(
+  ('chip', 'numbers'),
+  [('TPU v5 lite', {}), ('TPU v6 lite', {}), ('TPU v6 lite', OWN)],
+)
+def test_exact_in_parts(chip, numbers, capfd):
+  assert in_parts(chip, numbers) == []
   assert 'RACE DETECTED' not in capfd.readouterr().out
 
 
@@ -350,6 +370,36 @@ def test_nothing_leaks_from_the_rest_of_a_block():
   fast = interpreted(lambda: gradients(tpu.attend))
   for x, y in zip(fast, gradients(plain.attend)):
     np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+@pytest.mark.parametrize('length', [130, 256])
+def test_padding_has_derivatives_as_others_have(length):
+  """Where scores divide by tags, or have none at 0."""
+  q, k, v, w, _ = (jnp.asarray(x, jnp.float32) for x in draw(t=130, s=length))
+  tags = {'warm': 1 + jnp.arange(130) % 3}, {'warm': 1 + jnp.arange(length) % 3}
+
+  def score(x, query, key):
+    x = x / query.tags['warm'] + x / jnp.square(key.tags['warm'])
+    return 2 * jnp.log(jnp.abs(x))
+
+  def gradients(attend):
+    def loss(q, k, v):
+      rule, extras, query, key = problem(
+        *(q, k, v),
+        mask=Everything(),
+        query=(None, None, tags[0]),
+        key=(None, None, tags[1]),
+        score=Score(score),
+        blocks=BLOCKS,
+      )
+      assert tpu.refuses(rule, q, k, v, extras, query, key) is None
+      return jnp.sum(attend(rule, q, k, v, extras, query, key)[0] * w)
+
+    return jax.jit(jax.grad(loss, range(3)))(q, k, v)
+
+  fast = interpreted(lambda: gradients(tpu.attend))
+  for x, y in zip(fast, gradients(plain.attend)):
+    np.testing.assert_allclose(x, y, atol=2e-4)
 
 
 def test_bfloat16():
@@ -455,7 +505,17 @@ NOT_FOR_PARTS = {
   lambda x, query, key: x.reshape(-1).reshape(x.shape): 'uses reshape',
   lambda x, query, key: x.mT.mT: 'uses transpose',
   lambda x, query, key: x * GAINS[:, None, None]: 'holds an array',
+  lambda x, query, key: lax.fori_loop(0, 3, lambda _, x: x / 2, x): 'uses scan',
+  # Elementwise, but Mosaic has no rule for it.
+  lambda x, query, key: jax.nn.elu(x): 'uses expm1, which its compiler lacks',
+  lambda x, query, key: jax.nn.gelu(x, approximate=False): 'erfc',
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sorted(Mask):
+  def __call__(self, query, key):
+    return jnp.sort(key.order, -1) <= query.order
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -503,6 +563,7 @@ def test_refuses():
     assert why in reason(score=Score(fn)), fn
   held = _Held(np.arange(3))
   assert '_Held holds an array' in reason(mask=held)
+  assert '_Sorted is not elementwise' in reason(mask=_Sorted())
   half = (x.astype(jnp.float16) for x in (q, k, v))
   assert 'float16' in reason(*half)
   assert 'differ in type' in reason(v=v.astype(jnp.bfloat16))
@@ -513,20 +574,26 @@ def test_refuses():
   assert 'at most 8 numbers, not 9' in reason(score=many)
 
 
-@pytest.mark.parametrize('name', ['causal', 'packed', 'forget', 'bias'])
-def test_lowers(name):
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+  'name', ['causal', 'packed', 'softcap', 'table', 'forget', 'bias']
+)
+def test_lowers(name, dtype):
+  """With gradients of all, and numbers of the same type as q."""
   arrays, given, numbers = CASES[name]
-  numbers = jax.tree.map(lambda x: x.astype(np.float32), numbers)
 
-  def loss(q, k, v):
+  def loss(q, k, v, numbers):
     o, _, total = ask(tpu.attend, q, k, v, numbers, **given)
     return jnp.sum(o) + jnp.sum(total)
 
-  q, k, v = (jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays[:3])
+  inputs = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, dtype), (*arrays[:3], numbers)
+  )
   exported = jax.export.export(
-    jax.jit(jax.grad(loss, (0, 1, 2))), platforms=['tpu']
-  )(q, k, v)
+    jax.jit(jax.grad(loss, range(4))), platforms=['tpu']
+  )(*inputs)
   assert 'flash_backward' in exported.mlir_module()
+  assert jax.tree.leaves(exported.out_avals)[-1].dtype == dtype
 
 
 def twice(name, dtype):

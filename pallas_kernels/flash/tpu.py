@@ -57,6 +57,13 @@ from pallas_kernels.problem import (
 
 LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
 OLD = ('TPU v2', 'TPU v3')  # which cannot compile them
+# fmt: off
+LACKS = {  # what Mosaic has no rule for, of what is elementwise
+  'acos', 'acosh', 'asin', 'asinh', 'atan', 'atanh', 'cbrt', 'copy', 'copy_p',
+  'cosh', 'digamma', 'erfc', 'expm1', 'lgamma', 'one_minus_square',
+  'optimization_barrier', 'sinh',
+}
+# fmt: on
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
 
@@ -79,9 +86,9 @@ def refuses(
   for fn, own in zip(
     (*rule.scores, *rule.weights), (*extras.scores, *extras.weights)
   ):
-    if why := elementwise.refuses(fn, own, query, key):
+    if why := elementwise.refuses(fn, own, query, key, LACKS):
       return why
-  return elementwise.holds(rule.mask, query.side, key.side)
+  return elementwise.holds(rule.mask, query.side, key.side, LACKS)
 
 
 def attend(rule, q, k, v, extras, query, key):
