@@ -596,6 +596,23 @@ def test_lowers(name, dtype):
   assert jax.tree.leaves(exported.out_avals)[-1].dtype == dtype
 
 
+def test_lowers_under_vmap():
+  """The gradient too, and with arrays that are not mapped over."""
+  segments = np.repeat([1, 2], [60, 70])
+
+  def loss(q, segments=None):
+    given = {'query_segments': segments, 'key_segments': segments}
+    given |= {'mask': Causal(), 'implementation': 'tpu'}
+    return flash.attention(q, q, q, **given).sum()
+
+  within = jax.vmap(jax.grad(lambda q: loss(q, segments)))
+  around = jax.grad(lambda q: jax.vmap(loss)(q).sum())
+  x = jax.ShapeDtypeStruct((3, 1, 130, 2, 32), jnp.float32)
+  for form in (within, around):
+    exported = jax.export.export(jax.jit(form), platforms=['tpu'])(x)
+    assert 'flash_backward' in exported.mlir_module()
+
+
 def twice(name, dtype):
   """Tries each way to a second derivative, and says where it fails."""
   x = jnp.ones((1, 140, 1, 32), dtype)

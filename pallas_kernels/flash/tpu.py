@@ -473,8 +473,17 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
 
 
 @once('tpu', 'tpu')
+def backward(rule, *inputs):
+  """See `_backward`. Under vmap one after the other.
+
+  For JAX cannot map over arrays that a kernel takes as a whole, dq's sums here.
+  """
+  run = functools.partial(_backward, rule)
+  return jax.custom_batching.sequential_vmap(run)(*inputs)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
+def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E741
   """dq, dk, dv and the gradient of extras; m is a constant."""
   del dm
   plan = layout.make(rule, q, k, v, extras, query, key, 'backward')
