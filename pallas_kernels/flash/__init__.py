@@ -81,7 +81,8 @@ def attention(
   """softmax(mask(scale q k^T)) v, in memory linear in t and s.
 
   A score is scale q . k, then softcap, then `score`, then + `bias`. All inputs
-  must be finite, masked or not.
+  must be finite, masked or not, and scores above -2e38: what is below counts as
+  unseen on a TPU.
 
   Args:
     q: queries, `b t h d`.
@@ -98,7 +99,9 @@ def attention(
       key_tags.
     bias: added to the scores, `b h t s` with 1 for b or h where it is shared;
       gets a gradient. It is the one argument of size t s: where distances
-      decide, a `score` makes the same inside the tiles.
+      decide, a `score` makes the same inside the tiles. Where it is shared,
+      'tpu' makes its gradient for each row and head before they are summed:
+      `b h t s` in float32.
     score: what else happens to the scores; its operands get gradients.
     factor: what happens to exp(score) in the numerator alone, a Score whose fn
       is linear in its first argument (URPE); its operands get gradients.
