@@ -5,6 +5,7 @@ prints what it found.
 """
 
 import json
+import logging
 
 import jax
 import numpy as np
@@ -12,12 +13,20 @@ import pytest
 
 from configs import long_context
 from jaxattn.parallel import mesh as meshes
+from jaxattn.parallel import ring, strategy
 from jaxattn.train import build, optimizer, step
 from tests import devices
 
 STEPS = 20
-WAYS = ('ring', 'striped', 'ulysses', 'linear')
+STRATEGIES = {  # of attention, and of what is no attention
+  'ring': ['ring'],
+  'striped': ['ring'],
+  'ulysses': ['ulysses'],
+  'linear': ['prefix', 'ulysses'],
+}
+WAYS = tuple(STRATEGIES)
 MODES = ('explicit', 'auto')
+DENSE = ring.over(ring.Ring(meshes.SEQ), True)  # of tokens in their order
 
 
 def losses(way, mesh, start=None, **options):
@@ -25,6 +34,12 @@ def losses(way, mesh, start=None, **options):
 
   And the state that they began with, which is made unless it is given.
   """
+  said = []
+  handler = logging.Handler()
+  handler.emit = lambda record: said.append(record.args[-1])
+  strategy.say.cache_clear()
+  strategy.log.addHandler(handler)
+  strategy.log.setLevel(logging.INFO)
   config = build.complete(long_context.get_config(f'{way},quick').to_dict())
   config['layout'] = options.get('layout', config['layout'])
   parts = config['task']['length'] // mesh.shape[meshes.SEQ]
@@ -41,9 +56,12 @@ def losses(way, mesh, start=None, **options):
     for i in range(STEPS):
       state, metrics = made.train(state, feed.train(i))
       found.append(float(metrics['loss'][0] / metrics['loss'][1]))
+  strategy.log.removeHandler(handler)
   return {
     'losses': found,
     'layout': feed.layout,
+    'strategies': [x.name for x in said],
+    'dense ring': [x.over is DENSE for x in said if x.name == 'ring'],
     'compiled': made.train._cache_size(),
   }, start
 
@@ -75,6 +93,10 @@ def test_losses_are_those_of_one_device(found, way, mode):
   assert eight['compiled'] == 1
   layouts = {'striped': 'striped', 'ulysses': 'zigzag'}
   assert eight['layout'] == layouts.get(way, 'contiguous')
+  assert eight['strategies'] == STRATEGIES[way]
+  # Where data decide, as they do of stripes, the ring is another.
+  dense = {'ring': [True], 'striped': [False]}
+  assert eight['dense ring'] == dense.get(way, [])
 
 
 def test_what_may_stand_after_the_colon():

@@ -73,6 +73,19 @@ def compiled(topology):
   return lowered(topology).compile()
 
 
+# Of how many key heads. A hybrid has groups of two devices, however many.
+OTHERS = {
+  'zigzag': (zigzag, 1),
+  'hybrid': (functools.partial(attend, strategy='hybrid'), 2),
+}
+
+
+@functools.cache
+def compiled_as(way, topology):
+  attend, heads = OTHERS[way]
+  return lowered(topology, attend=attend, heads=heads).compile()
+
+
 # ------------------------------------------------------------------- memory law
 
 
@@ -93,6 +106,15 @@ def test_memory_does_not_grow_with_the_ring(chip):
   few, many = map(compiled, FOUR_AND_SIXTEEN[chip])
   assert not grows(few, many)
   assert temporaries(many) < 5 * ARRAYS
+
+
+@pytest.mark.parametrize(
+  ('way', 'topology'), [('zigzag', 'v5e:2x2'), ('hybrid', 'v5e:2x4')]
+)
+def test_memory_of_other_rings_does_not_grow(way, topology):
+  """Of a hybrid: from a ring of four groups on."""
+  few, many = (compiled_as(way, x) for x in (topology, 'v5e:4x4'))
+  assert not grows(few, many)
 
 
 def test_a_million_tokens():
@@ -151,15 +173,10 @@ def test_what_is_sent_is_hidden(chip):
 
 
 @pytest.mark.parametrize('topology', ['v5e:4x4', 'v6e:4x4'])
-@pytest.mark.parametrize(
-  ('attend', 'heads'),
-  [(zigzag, 1), (functools.partial(attend, strategy='hybrid'), 2)],
-  ids=['zigzag', 'hybrid'],
-)
-def test_what_other_rings_send_is_hidden(topology, attend, heads):
+@pytest.mark.parametrize('way', OTHERS)
+def test_what_other_rings_send_is_hidden(topology, way):
   """Also where data decide how far it goes, and between groups."""
-  program = lowered(topology, attend=attend, heads=heads).compile()
-  assert hidden(program.as_text()) == {
+  assert hidden(compiled_as(way, topology).as_text()) == {
     'flash_forward': [True] * 2,
     'flash_backward': [True] * 4,
   }
