@@ -130,7 +130,7 @@ def compiled(
     segments: several documents a row.
     key_tags: the names of tags of keys.
     score, factor: with shapes for operands.
-    bias: dense, and with a gradient.
+    bias: dense, and with a gradient; True, or its rows and heads.
     blocks: None for those that are chosen.
     **given: further arguments of `problem`.
 
@@ -140,7 +140,7 @@ def compiled(
   s, e, mask = s or t, e or d, mask or Causal()
   shape = lambda *x, dtype=dtype: jax.ShapeDtypeStruct(x, dtype)
   arrays = shape(b, t, h, d), shape(b, s, k, d), shape(b, s, k, e)
-  bias = shape(1, h, t, s) if bias else None
+  bias = shape(*((1, h) if bias is True else bias), t, s) if bias else None
   ints = shape(b, t, dtype=jnp.int32), shape(b, s, dtype=jnp.int32)
   sides = ints if segments else (None, None)
   tags = dict.fromkeys(key_tags, ints[1])

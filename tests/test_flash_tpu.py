@@ -101,6 +101,20 @@ CASES = {
     {'mask': Causal(), **STRIDE},
     {'bias': number(1, 2, 200, 256)},
   ),
+  'bias of all heads': (
+    draw(2, h=4, k=2),
+    {'mask': Causal(), 'score': Difference(), **LATER},
+    {
+      'bias': number(2, 1, 200, 256),
+      'queries': (number(2, 200, 4),),
+      'keys': (number(1, 256, 1),),
+    },
+  ),
+  'bias of all': (
+    draw(2, h=4, k=2),
+    {'mask': Causal(), 'score': Slopes(), **LATER},
+    {'bias': number(1, 1, 200, 256), 'heads': (number(4),)},
+  ),
 }
 
 

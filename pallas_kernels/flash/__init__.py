@@ -99,9 +99,7 @@ def attention(
       key_tags.
     bias: added to the scores, `b h t s` with 1 for b or h where it is shared;
       gets a gradient. It is the one argument of size t s: where distances
-      decide, a `score` makes the same inside the tiles. Where it is shared,
-      'tpu' makes its gradient for each row and head before they are summed:
-      `b h t s` in float32.
+      decide, a `score` makes the same inside the tiles.
     score: what else happens to the scores; its operands get gradients.
     factor: what happens to exp(score) in the numerator alone, a Score whose fn
       is linear in its first argument (URPE); its operands get gradients.

@@ -41,6 +41,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import elementwise
 from pallas_kernels.blocks import chip
+from pallas_kernels.flash import apart
 from pallas_kernels.flash import tpu_layout as layout
 from pallas_kernels.flash.partial import MONOID
 from pallas_kernels.masks import Tokens
@@ -476,9 +477,10 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
 def backward(rule, *inputs):
   """See `_backward`. Under vmap one after the other.
 
-  For JAX cannot map over arrays that a kernel takes as a whole, dq's sums here.
+  For JAX cannot map over arrays that a kernel takes as a whole, as it does the
+  sums of dq.
   """
-  run = functools.partial(_backward, rule)
+  run = functools.partial(apart.gradients, functools.partial(_backward, rule))
   return jax.custom_batching.sequential_vmap(run)(*inputs)
 
 

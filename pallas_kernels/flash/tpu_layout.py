@@ -487,4 +487,4 @@ def of_kinds(kinds, like: Extras) -> Extras:
 def shared(dx, x):
   """The gradient of x, summed over axes along which x is shared."""
   axes = [axis for axis in range(dx.ndim) if dx.shape[axis] != x.shape[axis]]
-  return dx.sum(axes, keepdims=True).astype(x.dtype)
+  return dx.sum(axes, keepdims=True)
