@@ -38,6 +38,8 @@ MXU, VALU, FILL, SPILL = 0, 2, 6, 8  # columns of the table of units
 # Cycles of a matrix unit for a product of 16 rows of bfloat16: those of v5e and
 # v5p, of 128 x 128, take a row each, which is the chips' peak.
 HOLD = {'v5e': 16, 'v5p': 16}
+# What else ours may be asked for, in the chosen tiles: see `_asked`.
+FEATURES = ('window and sinks', 'documents', 'soft cap', 'ALiBi', 'dropout')
 KERNELS = {  # what they are called, and in the names of the compiler's files
   ('ours', 'forward'): 'flash_forward',
   ('ours', 'backward'): 'flash_backward',
@@ -178,8 +180,9 @@ def program(whose: str, direction: str, q: int, k: int, width: int):
 
   shape = lambda *x: jax.ShapeDtypeStruct(x, jnp.bfloat16)
   heads = HEADS * WIDTH // width  # so that what fits in HBM fits with others
-  if whose == 'ours':
-    attend, shapes = _ours(q, k), [shape(1, LENGTH, heads, width)] * 3
+  if whose in ('ours', *FEATURES):
+    asked = _asked(whose, heads)
+    attend, shapes = _ours(q, k, asked), [shape(1, LENGTH, heads, width)] * 3
   elif whose == 'splash':
     attend = _splash(heads, q, k, direction == 'forward')
     shapes = [shape(heads, LENGTH, width)] * 3
@@ -196,20 +199,42 @@ def program(whose: str, direction: str, q: int, k: int, width: int):
   return jax.grad(loss, (0, 1, 2)), shapes
 
 
-def _ours(q, k):
+def _ours(q, k, asked):
   from pallas_kernels.blocks import Blocks
   from pallas_kernels.flash import tpu
-  from pallas_kernels.masks import Causal
   from pallas_kernels.problem import problem
 
   def attend(*inputs):
-    side = (None, None, None)
+    given = asked()
+    side = (None, given.pop('segments', None), None)
     rule, extras, query, key = problem(
-      *inputs, mask=Causal(), query=side, key=side, blocks=Blocks(q, k)
+      *inputs, query=side, key=side, blocks=Blocks(q, k), **given
     )
     return tpu.attend(rule, *inputs, extras, query, key)
 
   return attend
+
+
+def _asked(feature: str, heads: int):
+  """What makes the arguments of `problem`, to be called while it is traced."""
+  import jax.numpy as jnp
+
+  from pallas_kernels.dropout import Dropout
+  from pallas_kernels.masks import Causal, Sinks, Window
+  from pallas_kernels.scores import Score, Slopes
+
+  more = {
+    'window and sinks': lambda: {
+      'mask': Causal() & (Window(LENGTH // 8) | Sinks(4))
+    },
+    'documents': lambda: {
+      'segments': 1 + jnp.arange(LENGTH)[None] // (LENGTH // 4 + 100)
+    },
+    'soft cap': lambda: {'softcap': 30.0},
+    'ALiBi': lambda: {'score': Score(Slopes(), (jnp.ones(heads),))},
+    'dropout': lambda: {'dropout': Dropout(0.1, seed=3)},
+  }
+  return lambda: {'mask': Causal()} | more.get(feature, dict)()
 
 
 def _splash(heads, q, k, residuals):
@@ -265,12 +290,13 @@ def compile_one(cell: Sequence[str], folder: str) -> None:
   from pallas_kernels import chips
 
   attend, shapes = program(whose, direction, *map(int, sizes))
+  own = 'ours' if whose in FEATURES else whose
   with jax.set_mesh(chips.mesh(chip)):
     lowered = jax.jit(attend).lower(*chips.on(chip, shapes))
   began = time.perf_counter()
   lowered.compile()
   seconds = time.perf_counter() - began
-  found = read(Path(folder), KERNELS[whose, direction], HOLD.get(chip))
+  found = read(Path(folder), KERNELS[own, direction], HOLD.get(chip))
   found = dataclasses.replace(found, seconds=seconds)
   print(json.dumps(dataclasses.asdict(found)))
 
@@ -320,13 +346,19 @@ def static(args: argparse.Namespace) -> list[str]:
     for chip in CHIPS
     for direction in ('forward', DKV, DQ)
   ]
+  asked = [
+    (feature, direction, chip, *chosen(direction, chip, WIDTH), WIDTH)
+    for chip in CHIPS
+    for direction in TILES
+    for feature in FEATURES
+  ]
   found = {
     cell: schedule(cell)
-    for cell in track(cells, 'compiling', console=Console(stderr=True))
+    for cell in track(cells + asked, 'compiling', console=Console(stderr=True))
   }
   rows = []
-  for cell, one in found.items():
-    whose, direction, chip, q, k, width = cell
+  for cell in cells:
+    one, (whose, direction, chip, q, k, width) = found[cell], cell
     rival = found.get(('splash', *cell[1:]))
     rows.append(
       [
@@ -347,6 +379,17 @@ def static(args: argparse.Namespace) -> list[str]:
     *('cycles', 'cycles over splash'),
     *('MXU slots', 'fills', 'spills', 'spills masked', 'seconds to compile'),
   ]
+  features = []
+  for cell in asked:
+    one, (feature, direction, chip, q, k, _) = found[cell], cell
+    plain = found['ours', *cell[1:]]
+    features.append(
+      [
+        *(chip, direction, f'{q} x {k}', feature, f'{one.step:,}'),
+        f'{one.step / plain.step:.2f}',
+        *(f'{one.spills:,}', f'{one.masked_spills or 0:,}'),
+      ]
+    )
   libtpu = importlib.metadata.version('libtpu')
   return [
     '# Static schedules of attention on TPUs',
@@ -369,6 +412,17 @@ def static(args: argparse.Namespace) -> list[str]:
     'spill is a register written to memory for want of room, a fill is one '
     'read back. Seconds to compile include writing the schedules down.',
     markdown(head, rows),
+    '## With more than a causal mask',
+    f'Ours, in the chosen tiles, {WIDTH} wide: a window of {LENGTH // 8:,} keys'
+    ' and 4 first ones, 4 documents, a soft cap, ALiBi, and dropout; bundles of'
+    ' a step, and those over what a step takes under a causal mask alone.',
+    markdown(
+      [
+        *('chip', 'direction', 'queries x keys', 'with', 'step'),
+        *('step over causal', 'spills', 'spills masked'),
+      ],
+      features,
+    ),
   ]
 
 

@@ -70,10 +70,13 @@ def test_the_page_has_all_rows(monkeypatch):
     tile=1000, step=1200, masked=None, busy=0.5, fills=0, spills=0
   )
   monkeypatch.setattr(bench_kernels, 'schedule', lambda cell: one)
-  monkeypatch.setattr(bench_kernels, 'chosen', lambda *_: (512, 256))
+  monkeypatch.setattr(bench_kernels, 'chosen', lambda *_: (1024, 512))
   # The page names the compiler's version; this page needs no compiler.
   monkeypatch.setattr(importlib.metadata, 'version', lambda name: '0.0')
-  *_, table = bench_kernels.static(argparse.Namespace())
+  *_, table, _, _, more = bench_kernels.static(argparse.Namespace())
+  # Each of the features, both ways, on each chip; and two lines above them.
+  ways = len(bench_kernels.CHIPS) * len(bench_kernels.TILES)
+  assert len(more.split('\n')) == 2 + len(bench_kernels.FEATURES) * ways
   head, _, *rows = [
     [x.strip() for x in row.strip('| ').split('|')] for row in table.split('\n')
   ]
