@@ -73,7 +73,9 @@ def page(args: argparse.Namespace) -> list[str]:
   return [
     "# Balance of a ring's work",
     'Causal attention in tiles of queries and keys as kernels choose them for'
-    " what a device has: with many tokens 512 x 512 (`xla`), and of the TPU's"
+    ' what a device has, in bfloat16, at most 128 wide and without a bias: with'
+    ' many tokens 512 x 512 (`xla`, of at most four heads in all rows; of more'
+    " it takes smaller ones), and of the TPU's"
     f' {_tile("forward", longest)} forward and {_tile("backward", longest)}'
     ' backward; with few, smaller ones. Counted by'
     ' `jaxattn.parallel.stripe.work`, which asks the masks what kernels ask'

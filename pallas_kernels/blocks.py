@@ -150,13 +150,16 @@ def tile(
   def side(asked, length, most):
     """Of the sides within `most`, the one that needs the least padding."""
     whole = lambda x: -(-x // LANES) * LANES
-    most = whole(asked or most // (1 + halved))
+    most = whole(asked or most)
     return min(most, whole(-(-length // -(-length // most))))
 
   # Half of a tile on the diagonal is in vain: it should not be half of all. And
-  # in a zigzag of many devices tokens may be near by halves, see `stripe`.
-  most = min(best.q, max(512, min(1024, t // 2), t // 4))
-  q, k = side(blocks.q, t, most), side(blocks.k, s, best.k)
+  # in a zigzag of many devices tokens may be near by halves, see `stripe`. But
+  # up to 640 two tiles would be a fifth padding.
+  few, parts = 640 if t <= 640 else 512, 1 + halved
+  most = max(few, min(1024, t // 2) // parts, t // 4 // parts)
+  q = side(blocks.q, t, min(best.q // parts, most))
+  k = side(blocks.k, s, best.k // parts)
   own = best.half if halved else best.wide if row > 256 else None
   clear, masked = own or best.clear, own or best.masked or best.clear
   return Tile(q, k, clear.within(q, k), masked.within(q, k))

@@ -22,10 +22,10 @@ NAMES = {
   'copy_p', 'cos', 'cosh', 'digamma', 'div', 'eq', 'erf', 'erf_inv', 'erfc',
   'exp', 'exp2', 'expm1', 'floor', 'ge', 'gt', 'integer_pow', 'is_finite', 'le',
   'lgamma', 'log', 'log1p', 'logistic', 'lt', 'max', 'min', 'mul', 'ne', 'neg',
-  'nextafter', 'not', 'one_minus_square', 'optimization_barrier', 'or', 'pow',
-  'pvary', 'rem', 'reshard', 'round', 'rsqrt', 'select_n', 'shift_left',
-  'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin', 'sinh',
-  'sqrt', 'square', 'stop_gradient', 'sub', 'tan', 'tanh', 'xor',
+  'nextafter', 'not', 'one_minus_square', 'optimization_barrier', 'or',
+  'polynomial', 'pow', 'pvary', 'rem', 'reshard', 'round', 'rsqrt', 'select_n',
+  'shift_left', 'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin',
+  'sinh', 'sqrt', 'square', 'stop_gradient', 'sub', 'tan', 'tanh', 'xor',
 }
 # These may be done to operands of heads, and to a tile if it stays what it is.
 MOVES = {
@@ -79,17 +79,27 @@ def refuses(
     tuple(shape(x.dtype, 1, 1, 8, 1) for x in own.keys),
   )
   heads = tuple(shape(x.dtype, 1, *x.shape[1:]) for x in own.heads)
-  traced = jax.make_jaxpr(
-    lambda heads, x, query, key, queries, keys: fn(
-      x, query, key, *heads, *queries, *keys
-    )
-  )(heads, *tile)
+  whole = lambda heads, x, query, key, queries, keys: fn(
+    x, query, key, *heads, *queries, *keys
+  )
+  traced = jax.make_jaxpr(whole)(heads, *tile)
   if traced.consts:
     return (
       f'{name} holds an array: let it be an operand, which leads with heads'
     )
   of_tile = [False] * len(heads) + [True] * len(jax.tree.leaves(tile))
-  return _uses(name, traced.jaxpr, of_tile, lacks)
+  if why := _uses(name, traced.jaxpr, of_tile, lacks):
+    return why
+
+  def gradient(x, *rest):  # which a kernel makes of its elements, too
+    y, back = jax.vjp(lambda x: whole(rest[0], x, *rest[1:]), x)
+    return back(y)
+
+  x, *rest = tile
+  back = jax.make_jaxpr(gradient)(x, heads, *rest).jaxpr
+  used = set()
+  _walk(back, [True] * len(back.invars), set(), used)
+  return _unknown(f'the derivative of {name}', used, lacks)
 
 
 def holds(
@@ -112,8 +122,11 @@ def _uses(name, jaxpr, of_tile, lacks) -> str | None:
   _walk(jaxpr, of_tile, moved, used)
   if moved:
     return f'{name} is not elementwise: it uses {", ".join(sorted(moved))}'
-  if unknown := used & lacks:
-    unknown = ', '.join(sorted(unknown))
+  return _unknown(name, used, lacks)
+
+
+def _unknown(name, used, lacks) -> str | None:
+  if unknown := ', '.join(sorted(used & lacks)):
     return f'{name} uses {unknown}, which its compiler lacks'
   return None
 
@@ -132,6 +145,8 @@ def _walk(jaxpr, of_tile, moved, used) -> list[bool]:
     else:
       found = [any(which)] * len(equation.outvars)
       used.add(name)
+      if equation.params.get('accuracy') is not None:
+        used.add('accuracy')
       if name in MOVES:
         stays = name == 'broadcast_in_dim' or all(
           rest(x) == rest(y)

@@ -350,20 +350,21 @@ def _tokens(name, x, order, segments, tags):
   b, t = x.shape[:2]
 
   def per_token(what, values):
-    known = not isinstance(values, jax.core.Tracer)
-    if not isinstance(values, jax.Array) or (
-      known and values.dtype.name in ('uint32', 'int64', 'uint64')
-    ):
+    if not isinstance(values, jax.Array):
       values = np.asarray(values)
-      bound = np.iinfo(np.int32)
-      if values.size and not (
-        bound.min <= values.min() and values.max() <= bound.max
-      ):
-        raise ValueError(f'{name} {what} must fit into 32 bits')
     if not (
       jnp.issubdtype(values.dtype, jnp.integer) or values.dtype == jnp.bool_
     ):
       raise TypeError(f'{name} {what} must be integers, not {values.dtype}')
+    # What is traced, or in part elsewhere, cannot be looked at.
+    known = isinstance(values, np.ndarray) or (
+      not isinstance(values, jax.core.Tracer) and values.is_fully_addressable
+    )
+    may_be_large = values.dtype.name in ('uint32', 'int64', 'uint64')
+    if known and may_be_large and values.size:
+      bound = np.iinfo(np.int32)
+      if not bound.min <= values.min() <= values.max() <= bound.max:
+        raise ValueError(f'{name} {what} must fit into 32 bits')
     values = jnp.atleast_2d(jnp.asarray(values, jnp.int32))
     if values.shape not in ((b, t), (1, t)):
       raise ValueError(

@@ -14,6 +14,9 @@ import functools
 import json
 import logging
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -680,6 +683,38 @@ def decided():
   return found
 
 
+def explicit():
+  """How far rows in Explicit mode are from those of one device.
+
+  Outside of any `shard_map`, in tiles that are filled up, with orders in rows.
+  """
+  t, found = 150, {}
+  q, k, v, w = (np.float32(x) for x in draw(N, t, t, 2, 1, 16, 16)[:4])
+  order = np.broadcast_to(np.arange(t)[::-1], (N, t))
+
+  def attend(q, k, v, order, name):
+    given = {'query_order': order, 'key_order': order, 'mask': Causal()}
+    given |= {'implementation': name, 'blocks': Blocks(64, 64)}
+    return flash.attention(q, k, v, **given)
+
+  def gradients(name, *arrays):
+    loss = lambda *x: jnp.sum(attend(*x, *arrays[3:4], name) * arrays[4])
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays[:3])
+
+  mesh = meshes.make(data=N, devices=jax.devices()[:N], axis_types='explicit')
+  for name in ('xla', 'plain'):
+    one = gradients(name, q, k, v, order, w)
+    with jax.set_mesh(mesh):
+      rows = jax.P(meshes.DATA)
+      spread = [jax.device_put(x, rows) for x in (q, k, v, order, w)]
+      many = gradients(name, *spread)
+    apart = jax.tree.map(
+      lambda x, y: abs(x - y).max(), one, jax.device_get(many)
+    )
+    found[name] = float(max(apart))
+  return found
+
+
 def tagged():
   """How far a ring of tokens in their order, and with tags, is from one device.
 
@@ -724,21 +759,25 @@ def crossed():
   return found
 
 
-# What is forced, of which mixer, in which layout, and what it says.
+class Refusal(NamedTuple):
+  """What is forced, of which mixer; and what is said of it."""
+
+  strategy: str
+  said: str
+  mixer: str = 'multi_head'
+  fields: Mapping[str, Any] = MappingProxyType({})
+  policy: Mapping[str, Any] = MappingProxyType({})
+  layout: str | None = None
+
+
 REFUSED = {
-  'no group': ('hybrid', 'multi_head', {'heads': 3}, {}, None, 'no common'),
-  'far': ('halo', 'sliding_window', {'window': 64}, {}, None, 'beyond the'),
-  'zigzag': (
-    'halo',
-    'sliding_window',
-    {'window': 4},
-    {},
-    'zigzag',
-    'any order',
+  'no group': Refusal('hybrid', 'no common', fields={'heads': 3}),
+  'far': Refusal('halo', 'beyond the', 'sliding_window', {'window': 64}),
+  'zigzag': Refusal(
+    *('halo', 'any order', 'sliding_window', {'window': 4}), layout='zigzag'
   ),
-  'no round': (
-    *('ring', 'multi_head', {}, {'implementation': 'plain'}),
-    *(None, 'a backward pass'),
+  'no round': Refusal(
+    'ring', 'a backward pass', policy={'implementation': 'plain'}
   ),
 }
 
@@ -747,13 +786,13 @@ def refused():
   """What a training run says that it cannot serve, when it is built."""
   found = {}
   mesh = meshes.make(seq=N, devices=jax.devices()[:N])
-  for name, (forced, mixer, fields, policy, layout, _) in REFUSED.items():
-    model = {'width': 48, 'depth': 1, 'mixer': mixer}
-    model |= {'mechanisms': {mixer: fields}, 'hidden': 32}
+  for name, one in REFUSED.items():
+    model = {'width': 48, 'depth': 1, 'mixer': one.mixer}
+    model |= {'mechanisms': {one.mixer: dict(one.fields)}, 'hidden': 32}
     task = {'name': 'mqar', 'vocab': 64, 'length': 64, 'pairs': 4}
-    config = {'batch': 1, 'task': task, 'model': model, 'layout': layout}
+    config = {'batch': 1, 'task': task, 'model': model, 'layout': one.layout}
     config = build.complete(config)
-    config['policy'] |= {'strategy': forced} | policy
+    config['policy'] |= {'strategy': one.strategy, **one.policy}
     task, model = build.build(config)
     with jax.set_mesh(mesh):
       feed = step.Feed.of(config, task, model, mesh)
@@ -1002,6 +1041,7 @@ def main():
       'unforced': unforced(),
     }
   found |= {'crossed': crossed(), 'refused': refused()}
+  found |= {'explicit': explicit()}
   found |= {'dropped': dropped(), 'kernels': kernels(), 'memory': memory()}
   found['wrong'] = {mutant: wrong(mutant) for mutant in WRONG}
   print(json.dumps(found))
@@ -1081,6 +1121,11 @@ def test_hops_that_show_nothing_are_left_out_where_data_decide(case, found):
   assert hops == few.get(case, N - 1)
 
 
+@pytest.mark.parametrize('name', ['xla', 'plain'])
+def test_rows_in_explicit_mode(name, found):
+  assert found['explicit'][name] < 1e-5
+
+
 def test_a_ring_of_tokens_with_tags(found):
   assert found['tagged'] < 1e-5
 
@@ -1094,9 +1139,9 @@ def test_cross_attention(found):
 def test_what_cannot_be_served_is_said_when_a_run_is_built(name, found):
   """By shapes alone, before anything is compiled."""
   said = found['refused'][name]
-  forced, *_, reason = REFUSED[name]
-  assert said.startswith(f'strategy={forced!r} cannot serve this: ')
-  assert reason in said
+  one = REFUSED[name]
+  assert said.startswith(f'strategy={one.strategy!r} cannot serve this: ')
+  assert one.said in said
   assert said.endswith(' can')  # what serves it
 
 

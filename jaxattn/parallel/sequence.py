@@ -254,7 +254,7 @@ def attention(
     (*some, h, d), (s, heads) = q.shape, k.shape[1:3]
     sizes = *some, h // shared, d, s, heads // shared, v.shape[3]
     bias = rule.get('bias')
-    if bias is not None and bias.shape[3] != s * parts(k):
+    if getattr(bias, 'ndim', 0) == 4 and bias.shape[3] != s * parts(k):
       raise ValueError(
         f'a bias must have a column for each of the {s * parts(k)} keys of all'
         f' {parts(k)} devices, not {bias.shape[3]}'

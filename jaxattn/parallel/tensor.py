@@ -16,8 +16,6 @@ from pallas_kernels.problem import (
   Operands,
   Over,
   accumulator,
-  floats,
-  with_floats,
 )
 
 
@@ -52,13 +50,15 @@ def heads(i, n: int, q, k, v, extras: Extras) -> tuple:
 
 
 def wide(extras: Extras) -> Extras:
-  """The same in numbers as wide as sums.
+  """The same, with a bias that heads share in numbers as wide as sums.
 
-  Of what heads share each group of them makes a gradient: they are added up
-  before they are rounded to what was given, not after.
+  Each group of heads makes a gradient of it: they are added up before they are
+  rounded to what was given, not after. All other numbers are as wide already.
   """
-  cast = lambda x: x.astype(accumulator(x))
-  return with_floats(extras, jax.tree.map(cast, floats(extras)))
+  bias = extras.bias
+  if bias is None or bias.shape[1] > 1:
+    return extras
+  return extras._replace(bias=bias.astype(accumulator(bias)))
 
 
 def _part(x, axis, i, n):

@@ -168,7 +168,7 @@ class Feed:
     return min(most, -(-self.task.test_rows // self.batch))
 
   def blank(self) -> tuple[Array, Packing | None]:
-    """Inputs of a slice, all zero, and a packing if they are out of order."""
+    """Inputs of a slice, all zero, and a packing where a layout wants one."""
     inputs = build.blank(build.facts(self.task), self.rows)
     if self.layout == 'contiguous':
       return inputs, None

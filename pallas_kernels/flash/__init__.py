@@ -81,8 +81,8 @@ def attention(
   """softmax(mask(scale q k^T)) v, in memory linear in t and s.
 
   A score is scale q . k, then softcap, then `score`, then + `bias`. All inputs
-  must be finite, masked or not, and scores above -2e38: what is below counts as
-  unseen on a TPU.
+  must be finite, masked or not, and scores above -1e38: what is below counts as
+  unseen on a TPU or a GPU.
 
   Args:
     q: queries, `b t h d`.

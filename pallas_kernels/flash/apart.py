@@ -1,8 +1,10 @@
 """Rows and heads one after the other, where they share a bias.
 
 A kernel writes the gradient of a bias tile by tile, each tile once: it cannot
-add to what another row or head has written. For all of them at once it would be
-an array `b h t s`, whatever the bias is. One after the other they leave one.
+add to what another row or head has written. For all of them at once that is an
+array `b h t s` in float32, whatever the bias is. Where this is large, they come
+one after the other, and leave one; it costs as many calls of the kernel, and
+the sum is read and written in each.
 """
 
 import jax
@@ -10,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.problem import Extras, Operands, floats
+
+ROOM = 2**28  # bytes that may be had for all at once
 
 
 def gradients(run, q, k, v, extras, query, key, *known):
@@ -20,26 +24,27 @@ def gradients(run, q, k, v, extras, query, key, *known):
     q, k, v, extras, query, key: as engines take them.
     *known: 'b t h ...', what is known of queries.
   """
-  bias, b, heads = extras.bias, len(q), k.shape[2]
-  if bias is None or bias.shape[:2] == (b, q.shape[2]):
+  bias, (b, t, h, _) = extras.bias, q.shape
+  all_at_once = 4 * b * h * t * k.shape[1]
+  if bias is None or bias.shape[:2] == (b, h) or all_at_once <= ROOM:
     return run(q, k, v, extras, query, key, *known)
   rows = b if bias.shape[0] == 1 else 1
-  groups = heads if bias.shape[1] == 1 else 1
+  heads = h if bias.shape[1] == 1 else 1
   wide = lambda x: jnp.zeros_like(x, jnp.float32)
 
   def part(number, totals):
-    at = number // groups, number % groups
-    some = lambda row, head: lambda x: _part(x, row, head, at, (rows, groups))
+    at = (number // heads, rows), (number % heads, heads)
+    some = lambda *axes: lambda x: _part(x, axes, at)
     taken = map(some(0, 2), (q, k, v))
     tokens = (jax.tree.map(some(0, None), x) for x in (query, key))
     rest = map(some(0, 2), known)
     more = run(*taken, _of_kind(some, extras), *tokens, *rest)
-    add = lambda row, head: lambda total, x: _add(total, x, row, head, at)
+    add = lambda *axes: lambda total, x: _add(total, x, axes, at)
     sums = (add(0, 2)(total, x) for total, x in zip(totals[:3], more[:3]))
     return *sums, _of_kind(add, totals[3], more[3])
 
   nothing = *map(wide, (q, k, v)), jax.tree.map(wide, floats(extras))
-  return lax.fori_loop(0, rows * groups, part, nothing)
+  return lax.fori_loop(0, rows * heads, part, nothing)
 
 
 def _of_kind(of, *extras: Extras) -> Extras:
@@ -60,20 +65,23 @@ def _of_kind(of, *extras: Extras) -> Extras:
   )
 
 
-def _part(x, row, head, at, parts):
-  """Of what all share, all."""
-  for axis, i, n in zip((row, head), at, parts):
-    if axis is not None and x.shape[axis] > 1:
-      size = x.shape[axis] // n
-      x = lax.dynamic_slice_in_dim(x, i * size, size, axis)
-  return x
+def _part(x, axes, at):
+  """Number i of n parts along each axis: of what several share, that."""
+  start, sizes = _place(x, axes, at)
+  return lax.dynamic_slice(x, start, sizes)
 
 
-def _add(total, x, row, head, at):
+def _add(total, x, axes, at):
   """Adds where `_part` took it from."""
-  start = [0] * x.ndim
-  for axis, i in zip((row, head), at):
-    if axis is not None and x.shape[axis] < total.shape[axis]:
-      start[axis] = i * x.shape[axis]
+  start, _ = _place(total, axes, at)
   x += lax.dynamic_slice(total, start, x.shape)
   return lax.dynamic_update_slice(total, x, start)
+
+
+def _place(x, axes, at):
+  start, sizes = [0] * x.ndim, list(x.shape)
+  for axis, (i, n) in zip(axes, at):
+    if axis is not None:
+      start[axis] = i * x.shape[axis] // n
+      sizes[axis] = max(1, x.shape[axis] // n)
+  return start, sizes
