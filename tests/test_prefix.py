@@ -501,10 +501,15 @@ def all_of_time(effect):
 
 
 def in_one_sum(effect):
-  def broken(k, v, log_decay, **places):
-    kept, _ = effect(k, v, log_decay, **places)
-    return kept, jnp.einsum('bthd,bthe->bhde', k, v)
+  """One token after the other: how a product sums is each processor's own."""
 
+  def broken(k, v, log_decay, **places):
+    kept, own = effect(k, v, log_decay, **places)
+    add = lambda total, kv: (total + jnp.einsum('bhd,bhe->bhde', *kv), None)
+    total, _ = lax.scan(add, 0 * own, jax.tree.map(by_time, (k, v)))
+    return kept, total
+
+  by_time = lambda x: jnp.moveaxis(x, 1, 0)
   return broken
 
 
