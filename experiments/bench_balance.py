@@ -46,7 +46,7 @@ KERNELS = {
 def page(args: argparse.Namespace) -> list[str]:
   """The page: a title, and paragraphs. Draws balance.png beside it."""
   found = {
-    (name, length, n): _compared(length, n, tile)
+    (name, length, n): compared(length, n, tile)
     for name, tile in KERNELS.items()
     for length, n in itertools.product(LENGTHS, DEVICES)
   }
@@ -106,7 +106,7 @@ class Compared(NamedTuple):
   share: float
 
 
-def _compared(length: int, n: int, tile) -> dict[str, Compared]:
+def compared(length: int, n: int, tile) -> dict[str, Compared]:
   """By layout."""
   counts = {
     layout: stripe.work(Causal(), length, n, layout, tile(length // n))

@@ -771,8 +771,12 @@ class Refusal(NamedTuple):
 
 
 REFUSED = {
-  'no group': Refusal('hybrid', 'no common', fields={'heads': 3}),
-  'far': Refusal('halo', 'beyond the', 'sliding_window', {'window': 64}),
+  'no group': Refusal(
+    'hybrid', 'no common divisor above 1', fields={'heads': 3}
+  ),
+  'far': Refusal(
+    'halo', 'beyond the neighbours', 'sliding_window', {'window': 64}
+  ),
   'zigzag': Refusal(
     *('halo', 'any order', 'sliding_window', {'window': 4}), layout='zigzag'
   ),

@@ -47,74 +47,72 @@ def slowest(found):
   return found.max(0).sum() / found.mean(0).sum()
 
 
-def faster(length, devices, layout, tile=(512, 512)):
-  """Than contiguous: how often, and the share of what can be had."""
-  even, contiguous = (
-    stripe.work(Causal(), length, devices, name, tile)
-    for name in (layout, 'contiguous')
-  )
-  took = contiguous.max(0).sum()
-  speed = took / even.max(0).sum()
-  return speed, speed * contiguous.mean(0).sum() / took
+KERNELS = bench_balance.KERNELS | {'small tiles': lambda t: (512, 512)}
+
+
+def faster(length, devices, layout, kernel, each=None):
+  """Than contiguous; in the tiles for what a device has, or for so many."""
+  tile = lambda t: KERNELS[kernel](each or t)
+  return bench_balance.compared(length, devices, tile)[layout]
 
 
 # Of the tiles that kernels choose for what a device has.
-own = pytest.mark.parametrize('kernel', bench_balance.KERNELS)
+own = pytest.mark.parametrize('kernel', KERNELS)
 
 
 @own
 @pytest.mark.parametrize('layout', ['striped', 'zigzag'])
 @pytest.mark.parametrize('devices', [16, 256])
 def test_a_million_tokens_are_even(layout, devices, kernel):
-  tile = bench_balance.KERNELS[kernel](2**20 // devices)
+  tile = KERNELS[kernel](2**20 // devices)
   found = stripe.work(Causal(), 2**20, devices, layout, tile)
   assert (found.max(0) / found.mean(0) <= 1.02).all()
+  if layout == 'striped':  # hops are alike, too
+    assert found.max() / found.mean() <= 1.02
   contiguous = stripe.work(Causal(), 2**20, devices, 'contiguous', tile)
   assert slowest(contiguous) > 1.8
+  if kernel == 'small tiles' or layout == 'zigzag':
+    assert found.max(0).sum() < 0.6 * contiguous.max(0).sum()
 
 
 @own
 @pytest.mark.parametrize('devices', [4, 64])
 def test_a_million_tokens_are_almost_as_fast_as_can_be(devices, kernel):
   """docs/benchmarks/balance.md has all numbers."""
-  tile = bench_balance.KERNELS[kernel](2**20 // devices)
-  _, share = faster(2**20, devices, 'zigzag', tile)
-  assert share >= 0.95
+  assert faster(2**20, devices, 'zigzag', kernel).share >= 0.95
 
 
 @pytest.mark.parametrize('devices', [4, 64])
 def test_so_are_stripes_in_small_tiles(devices):
-  _, share = faster(2**20, devices, 'striped')
-  assert share >= 0.95
+  assert faster(2**20, devices, 'striped', 'small tiles').share >= 0.95
 
 
-@own
+@pytest.mark.parametrize('kernel', bench_balance.KERNELS)
 def test_a_zigzag_helps_where_a_device_has_two_tiles(kernel):
   """One of each chunk: they may not share a tile."""
   for length, devices in ((2**16, 64), (2**14, 16)):
-    speed, _ = faster(
-      length, devices, 'zigzag', bench_balance.KERNELS[kernel](1024)
-    )
-    assert speed > 1.9
+    assert faster(length, devices, 'zigzag', kernel, 1024).speed > 1.9
 
 
 @own
 @pytest.mark.parametrize('devices', [4, 8, 16, 64])
 @pytest.mark.parametrize('length', [2**9, 2**12, 2**16])
 def test_zigzag_is_never_slower_than_striped(length, devices, kernel):
-  tile = bench_balance.KERNELS[kernel](length // devices)
-  zigzag, _ = faster(length, devices, 'zigzag', tile)
-  striped, _ = faster(length, devices, 'striped', tile)
+  zigzag, striped = (
+    faster(length, devices, layout, kernel).speed
+    for layout in ('zigzag', 'striped')
+  )
   assert zigzag >= striped
 
 
 @own
 @pytest.mark.parametrize('layout', ['striped', 'zigzag'])
-@pytest.mark.parametrize('length', [128, 512, 4096, 2**14])
-@pytest.mark.parametrize('devices', [4, 64])
+@pytest.mark.parametrize(
+  ('length', 'devices'),
+  [(64, 8), (128, 64), (512, 8), (4096, 8), (4096, 64), (2**14, 4), (2**14, 8)],
+)
 def test_never_slower_than_contiguous(layout, length, devices, kernel):
-  tile = bench_balance.KERNELS[kernel](length // devices)
-  assert faster(length, devices, layout, tile)[0] >= 1
+  assert faster(length, devices, layout, kernel).speed >= 1
 
 
 @pytest.mark.parametrize('layout', stripe.LAYOUTS)

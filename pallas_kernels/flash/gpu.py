@@ -495,8 +495,8 @@ def forward(rule, q, k, v, extras, query, key):
     *(rule, plan, _forward_kernel, 'flash_forward', True, extras, query, key),
     # Padding is filled up with what occurs, see `tiles.arrange`.
     ins=(
-      _filled(q, plan.long_q, plan.d, True),
-      _filled(k, plan.long_k, plan.d, True),
+      _filled(q, plan.long_q, plan.d, last=True),
+      _filled(k, plan.long_k, plan.d, last=True),
       _filled(v, plan.long_k, plan.e),
     ),
     outs=[o, rows, rows],
@@ -668,8 +668,8 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
       *(rule, plan, kernel, 'flash_backward_' + name, by_query),
       *(extras, query, key),
       ins=(
-        _filled(q, plan.long_q, plan.d, True),
-        _filled(k, plan.long_k, plan.d, True),
+        _filled(q, plan.long_q, plan.d, last=True),
+        _filled(k, plan.long_k, plan.d, last=True),
         _filled(v, plan.long_k, plan.e),
         _filled(do, plan.long_q, plan.e),
         *rows,

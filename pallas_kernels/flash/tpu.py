@@ -222,9 +222,9 @@ def forward(rule, q, k, v, extras, query, key):
   keys = layout.lay_tokens(plan, key, plan.long_k)
   ins = {
     'q': layout.rows_first(
-      layout.scaled(q, rule.scale * plan.unit), plan.long_q, True
+      layout.scaled(q, rule.scale * plan.unit), plan.long_q, last=True
     ),
-    'k': layout.rows_first(k, plan.long_k, True),
+    'k': layout.rows_first(k, plan.long_k, last=True),
     'v': layout.rows_last(v, plan.long_k),
     'query': layout.lay_tokens(plan, query, plan.long_q),
     'key': keys,
@@ -510,7 +510,7 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
   # Padding is filled up with what occurs, and nobody sees it: its scores then
   # have a derivative as others have.
   q_laid = layout.rows_first(
-    layout.scaled(q, rule.scale * plan.unit), plan.long_q, True
+    layout.scaled(q, rule.scale * plan.unit), plan.long_q, last=True
   )
   do_laid = layout.rows_first(do.astype(q.dtype), plan.long_q)
   ins = {
@@ -519,8 +519,8 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
     'do': do_laid,
     'do_before': do_laid,
     'known': layout.rows_last(jnp.stack(known, 3), plan.long_q),
-    'k': layout.rows_first(k, plan.long_k, True),
-    'k_turned': layout.rows_last(k, plan.long_k, True),
+    'k': layout.rows_first(k, plan.long_k, last=True),
+    'k_turned': layout.rows_last(k, plan.long_k, last=True),
     'v': layout.rows_first(v, plan.long_k),
     'query': layout.lay_tokens(plan, query, plan.long_q),
     'key': layout.lay_tokens(plan, key, plan.long_k),

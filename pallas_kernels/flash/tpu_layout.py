@@ -214,7 +214,7 @@ def lay_operands(plan, own: Operands) -> Operands:
 
   def per_token(x, length):
     # Filled up with what occurs: a score may divide by it.
-    return filled(jnp.swapaxes(x, 1, 2), 2, length, True)[:, :, None]
+    return filled(jnp.swapaxes(x, 1, 2), 2, length, last=True)[:, :, None]
 
   return Operands(
     tuple(x.reshape(len(x), 1, -1) for x in own.heads),
