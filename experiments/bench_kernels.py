@@ -98,6 +98,19 @@ def lines(program: str) -> list[str]:
   return [x for x in text.split('\n') if re.match(r' *(0x)?[0-9a-f]+ .*?:', x)]
 
 
+def loop_of(bundles: Sequence[str]) -> dict[int, tuple[int, ...]]:
+  """Where the loops begin that a bundle is in, from the outermost inwards."""
+  found, loops = {}, ()
+  for at, text in enumerate(bundles):
+    marks = text.partition('{')[0]
+    depth = marks.count('>')
+    if not depth:  # behind all loops, or nothing that runs
+      continue
+    loops = (*loops[: depth - 1], at) if 'LB' in marks else loops[:depth]
+    found[at] = loops
+  return found
+
+
 def cycles(bundles: Sequence[str], hold: int) -> int:
   """Of bundles in a row, which wait for the matrix units, and for no other."""
   now, free = 0, {}
@@ -118,26 +131,24 @@ def steady(
 
   Branches enclose spans of bundles. Those with matrix products are tiles: of
   several those that fill most slots, for the others begin or end a row of
-  tiles; and of these the one without a mask. Of the rest a span that holds no
-  tile begins or ends a row, too.
+  tiles; and of these the one without a mask. A step is what is in the same loop
+  as the tile, but for a span that holds no tile: it begins or ends a row, too.
   """
   if len(bundles) != len(units):
     raise ValueError(f'{len(bundles)} bundles, but units of {len(units)}')
-  begins, branches, looped = {}, [], []
+  begins, branches = {}, []
   for at, text in enumerate(bundles):
     for region in re.findall(r'Start(?:/End empty)? region (\d+)', text):
       begins[region] = at
     for region in re.findall(r'sbr\.rel .*?target = \$region(\d+)', text):
       branches.append((at, region))
-    if '>' in text.partition('{')[0]:
-      looped.append(at)
   spans = [
     (at, begins[region])
     for at, region in branches
     if begins.get(region, -1) > at
   ]
-  own = {}
-  for at in looped:
+  loops, own = loop_of(bundles), {}
+  for at in loops:
     around = [
       (end - start, start, end) for start, end in spans if start < at < end
     ]
@@ -152,7 +163,13 @@ def steady(
     span is None
     or (span != tile and tile and span[0] <= tile[0] and tile[1] <= span[1])
   )
-  around = sum(len(inside) for span, inside in own.items() if holds(span))
+  inner = loops[own[tile][0]]
+  around = sum(
+    loops[at][: len(inner)] == inner
+    for span, inside in own.items()
+    for at in inside
+    if holds(span)
+  )
   if tile is None:
     around = 0
   step = len(own[tile]) + around

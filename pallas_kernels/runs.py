@@ -18,7 +18,7 @@ FIRST, COUNT, JUMP, TOTAL, LAST, CLEAR, CLEAR_END = range(FIELDS)
 
 
 def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
-  """The runs of each block, int32 'rows * n * FIELDS', and the longest total.
+  """The runs of each block, int32 'rows * n * FIELDS'.
 
   Args:
     mask: which keys a query sees.
@@ -57,7 +57,7 @@ def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
   clear = end(~full & (index < clear_end[..., None]))
   last = jnp.maximum(total - 1, 0)
   runs = [first, count, second - count, total, last, clear, clear_end]
-  return jnp.stack(runs, -1).reshape(-1), total.max()
+  return jnp.stack(runs, -1).reshape(-1)
 
 
 class Runs:

@@ -89,8 +89,8 @@ class Slopes:
   """x - slope_h |distance|, with the slopes 'h' as operand (ALiBi)."""
 
   def __call__(self, x, query, key, slopes):
-    far = jnp.abs(distance(query, key))
-    return x - slopes[:, None, None].astype(x.dtype) * far.astype(x.dtype)
+    far = jnp.abs(distance(query, key).astype(x.dtype))
+    return x - slopes[:, None, None].astype(x.dtype) * far
 
 
 MOST_COMPARED = 128  # entries of a table that a kernel looks through

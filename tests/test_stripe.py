@@ -123,7 +123,7 @@ def test_work_is_what_kernels_visit(layout):
   places = stripe.order(length, devices, layout).reshape(devices, 1, -1)
   tokens = [masks.Tokens(masks.Side(jnp.asarray(x))) for x in places]
   for device, hop in itertools.product(range(devices), repeat=2):
-    table, _ = runs.table(
+    table = runs.table(
       *(Causal(), tokens[device], tokens[(device - hop) % devices]),
       *(*tile, True),
     )

@@ -732,7 +732,7 @@ def _call(
   sides = (query, key)
   if plan.ragged:
     sides = tuple(map(one_segment, sides))
-  table, _ = runs.table(rule.mask, *sides, plan.tile.q, plan.tile.k, by_query)
+  table = runs.table(rule.mask, *sides, plan.tile.q, plan.tile.k, by_query)
   tiled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
   buffer = lambda *shape: plgpu.SMEM(shape, plan.dtype, transforms=tiled)
   length = plan.tile.k if by_query else plan.tile.q

@@ -2,8 +2,8 @@
 
 The mathematics is that of `xla`. What differs is how a tile is computed, for on
 a TPU a tile's chain of products, exponentials and products again leaves the
-matrix units idle while it waits for itself. So a grid step computes different
-stages of different tiles, which do not depend on each other:
+matrix units idle while it waits for itself. So a step computes different stages
+of different tiles, which do not depend on each other:
 
   forward    scores of tile n       | weights of tile n-1 | o += of tile n-2
   backward   weights of tile n, and their gradient | dq, dk, dv += of tile n-1
@@ -22,8 +22,8 @@ The backward kernel keeps a block of keys and goes over the queries. dk and dv
 stay in VMEM meanwhile; dq is read, added to and written back in float32, by
 copies that have a whole step to complete. So nothing is larger than the inputs.
 
-Which tiles are visited stands in a table (`runs`). The grid is as wide as the
-longest row of tiles, which is known only when the program runs.
+Which tiles are visited stands in a table (`runs`). The grid has the rows of
+tiles; over those of a row a kernel loops by itself, see `tpu_feed`.
 
 A modification of scores sees a tile with its last two axes exchanged: it has to
 be elementwise in them.
@@ -36,14 +36,16 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import elementwise
 from pallas_kernels.blocks import chip
-from pallas_kernels.flash import apart
+from pallas_kernels.flash import apart, tpu_feed
 from pallas_kernels.flash import tpu_layout as layout
 from pallas_kernels.flash.partial import MONOID
+from pallas_kernels.flash.tpu_feed import Block, Feed
 from pallas_kernels.masks import Tokens
 from pallas_kernels.problem import (
   Engine,
@@ -104,52 +106,61 @@ def attend(rule, q, k, v, extras, query, key):
 # ---------------------------------------------------------------------- forward
 
 
-def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
-  b, i, n = (pl.program_id(axis) for axis in (0, 2, 3))
+def _forward_kernel(
+  rule, plan, blocks, rests, table, ins, outs, ringed, scratch
+):
+  b, h, i = (pl.program_id(axis) for axis in range(3))
   runs = plan.runs(table, b, i, True)
   total = runs.total
-  q, k, v = ins['q'], ins['k'], ins['v']
-  x_buffer, p_buffer, o, m, l, shrink, keys = scratch  # noqa: E741
-  standing = functools.partial(layout.Standing, plan, ins['query'])
-  now = standing(ins['key'], i, runs.tile(n), keys)
-  before = standing(ins['key_before'], i, runs.tile(n, 1))
+  begin, x_buffer, p_buffer, o, m, l, shrink, keys = scratch  # noqa: E741
   side_q, side_k = plan.tile.q, plan.tile.k
   row = pl.ds(0, 1)
 
-  def add(parts, columns):
-    """o += p v, of the tile before the one before."""
+  @pl.when(i == 0)
+  def _():
+    begin[0] = 0
+
+  feed = Feed(blocks, ins, ringed, begin[0])
+  first = runs.tile(0)
+  pl.when((i == 0) & (total > 0))(lambda: feed.start(0, (b, h, i, first)))
+
+  def add(parts, columns, n):
+    """o += p v, of tile n."""
+    v = feed.at(n)['v']
     for keys in layout.cut(side_k, parts.depth):
       o[:, columns] += plan.dot(v[:, keys], p_buffer[keys, columns], NN)
       yield from itertools.repeat(None, parts.depth // parts.rows)
 
-  def weigh(parts, columns):
-    """p = exp(x - m), of the tile before; o is then in units of its m, too."""
+  def weigh(parts, columns, n, j):
+    """p = exp(x - m), of tile n; o is then in units of its m, too."""
     most, factor, sums = m[row, columns], shrink[row, columns], None
+    own = feed.at(n)
+    at = layout.Standing(plan, own['query'], own['key'], i, j)
     for rows in layout.cut(side_k, parts.rows):
       p = plan.power(x_buffer[rows, columns] - most)
       more = layout.folded(jnp.sum, p)
       sums = more if sums is None else sums + more
       if rule.weights:
-        own = Extras(weights=ins['extras_before'])
-        own = layout.part_of(Extras((), rests.weights), own, rows, columns)
-        p, _ = layout.modified(rule.weighed, p, before, own, rows, columns)
+        part = Extras(weights=own['extras'].weights)
+        part = layout.part_of(Extras((), rests.weights), part, rows, columns)
+        p, _ = layout.modified(rule.weighed, p, at, part, rows, columns)
       p_buffer[rows, columns] = p.astype(p_buffer.dtype)
       yield
     l[row, columns] = factor * l[row, columns] + sums.sum(0, keepdims=True)
     o[:, columns] = factor * o[:, columns]
 
-  def score(parts, columns, masked):
+  def score(parts, columns, own, at, masked):
     """x = q k and m, of the tile that has come."""
     best = None
+    q, k = own['q'], own['k']
     for rows in layout.cut(side_k, parts.rows):
       x = plan.dot(k[rows, :], q[columns, :], NT)
       if plan.modified:
-        own = layout.part_of(
-          rests._replace(weights=()), ins['extras'], rows, columns
-        )
-        x, _ = layout.modified(rule.scored, x, now, own, rows, columns)
+        part = own['extras']._replace(weights=())
+        part = layout.part_of(rests._replace(weights=()), part, rows, columns)
+        x, _ = layout.modified(rule.scored, x, at, part, rows, columns)
       if masked:
-        x = layout.masked(rule, plan, x, now, rows, columns)
+        x = layout.masked(rule, plan, x, at, rows, columns)
       x_buffer[rows, columns] = x
       more = layout.folded(jnp.max, x)
       best = more if best is None else jnp.maximum(best, more)
@@ -168,58 +179,97 @@ def _forward_kernel(rule, plan, rests, table, ins, outs, scratch):
       for _ in itertools.zip_longest(*turns):
         pass
 
-  @pl.when(n == 0)
+  o[...] = jnp.zeros_like(o)
+  l[...] = jnp.zeros_like(l)
+  m[...] = jnp.full_like(m, LOWEST)
+
+  def step(n, tiles):
+    """Tile n comes; the stages of those before are computed beside it."""
+    before, j = tiles
+    after = runs.tile(n + 1)
+    feed.wait(n)
+    pl.when(n + 1 < total)(lambda: feed.start(n + 1, (b, h, i, after)))
+    own = feed.at(n)
+    at = layout.Standing(plan, own['query'], own['key'], i, j, keys)
+    others = (
+      functools.partial(add, n=n - 2),
+      functools.partial(weigh, n=n - 1, j=before),
+    )
+
+    def visit(masked, *others):
+      parts = plan.tile.masked if masked else plan.tile.clear
+      now = functools.partial(score, own=own, at=at, masked=masked)
+      stages(parts, *others, now)
+
+    steady = n >= 2
+    needs_mask = runs.needs_mask(j)
+    if plan.mask or plan.modified:
+      pl.when(needs_mask | ~steady | plan.modified)(at.keep_keys)
+
+    @pl.when(steady)
+    def _():
+      if not plan.mask:
+        return visit(False, *others)
+      pl.when(needs_mask)(lambda: visit(True, *others))
+      pl.when(~needs_mask)(lambda: visit(False, *others))
+
+    @pl.when(~steady)
+    def _():
+      pl.when(n == 1)(lambda: stages(plan.tile.clear, others[1]))
+      visit(plan.mask)
+
+    return j, after
+
+  last, _ = lax.fori_loop(jnp.int32(0), total, step, (first, first))
+
+  @pl.when(i + 1 < plan.blocks_q)
   def _():
-    o[...] = jnp.zeros_like(o)
-    l[...] = jnp.zeros_like(l)
-    m[...] = jnp.full_like(m, LOWEST)
+    following = plan.runs(table, b, i + 1, True)
+    where = b, h, i + 1, following.tile(0)
+    pl.when(following.total > 0)(lambda: feed.start(total, where))
+    begin[0] = begin[0] + total
 
-  def visit(masked, *others):
-    """A tile comes, and other stages beside it."""
-    parts = plan.tile.masked if masked else plan.tile.clear
-    stages(parts, *others, functools.partial(score, masked=masked))
+  end = functools.partial(stages, plan.tile.clear)
+  pl.when(total >= 2)(lambda: end(functools.partial(add, n=total - 2)))
 
-  steady = (n >= 2) & (n < total)
-  needs_mask = runs.needs_mask(now.j)
-  if plan.mask or plan.modified:
-    read = needs_mask | ~steady | plan.modified
-    pl.when((n < total) & read)(now.keep_keys)
-
-  @pl.when(steady)
+  @pl.when(total >= 1)
   def _():
-    if not plan.mask:
-      return visit(False, add, weigh)
-    pl.when(needs_mask)(lambda: visit(True, add, weigh))
-    pl.when(~needs_mask)(lambda: visit(False, add, weigh))
+    end(functools.partial(weigh, n=total - 1, j=last))
+    end(functools.partial(add, n=total - 1))
 
-  @pl.when(~steady)
-  def _():
-    pl.when((n >= 2) & (n <= total + 1))(lambda: stages(plan.tile.clear, add))
-    pl.when((n >= 1) & (n <= total))(lambda: stages(plan.tile.clear, weigh))
-    pl.when(n < total)(lambda: visit(plan.mask))
+  seen = l[row, :] > 0
+  share = 1 / jnp.where(seen, l[row, :], 1)
+  outs['o'][...] = (o[...] * share).astype(outs['o'].dtype)
+  outs['m'][...] = jnp.where(seen, m[row, :] / plan.unit, -jnp.inf)
+  outs['l'][...] = l[row, :]
 
-  @pl.when(n == pl.num_programs(3) - 1)
-  def _():
-    seen = l[row, :] > 0
-    share = 1 / jnp.where(seen, l[row, :], 1)
-    outs['o'][...] = (o[...] * share).astype(outs['o'].dtype)
-    outs['m'][...] = jnp.where(seen, m[row, :] / plan.unit, -jnp.inf)
-    outs['l'][...] = l[row, :]
+
+def _one_by_one(fn, rule, inputs):
+  """fn(rule, *inputs); under vmap one after the other.
+
+  For JAX cannot map over arrays that a kernel takes as a whole, such as those
+  whose parts it copies itself.
+  """
+  run = jax.custom_batching.sequential_vmap(functools.partial(fn, rule))
+  return run(*inputs)
 
 
 @once('tpu', 'tpu')
+def forward(rule, *inputs):
+  """The finished o, m and l, of q, k, v, extras, query and key."""
+  return _one_by_one(_forward, rule, inputs)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def forward(rule, q, k, v, extras, query, key):
-  """The finished o, m and l."""
+def _forward(rule, q, k, v, extras, query, key):
   plan = layout.make(rule, q, k, v, extras, query, key, 'forward')
   sides = plan.tile
-  table, width = plan.table(rule, query, key, True)
+  table = plan.table(rule, query, key, True)
   laid = Extras(
     tuple(layout.lay_operands(plan, one) for one in extras.scores),
     tuple(layout.lay_operands(plan, one) for one in extras.weights),
     layout.lay_bias(plan, extras.bias),
   )
-  keys = layout.lay_tokens(plan, key, plan.long_k)
   ins = {
     'q': layout.rows_first(
       layout.scaled(q, rule.scale * plan.unit), plan.long_q, last=True
@@ -227,58 +277,47 @@ def forward(rule, q, k, v, extras, query, key):
     'k': layout.rows_first(k, plan.long_k, last=True),
     'v': layout.rows_last(v, plan.long_k),
     'query': layout.lay_tokens(plan, query, plan.long_q),
-    'key': keys,
-    'key_before': keys if rule.weights else None,
-    'extras': laid._replace(weights=()),
-    'extras_before': laid.weights,
+    'key': layout.lay_tokens(plan, key, plan.long_k),
+    'extras': laid,
   }
-
-  def place(lag):
-    def at(b, h, i, n, table):
-      return b, h, i, plan.runs(table, b, i, True).tile(n, lag)
-
-    return at
-
-  def spec(block, index, lag=0):
-    return pl.BlockSpec(block, lambda *grid: index(*place(lag)(*grid)))
-
-  tokens = [layout.token_specs(plan, place(lag)) for lag in (0, 1)]
+  of_weights = 1 if rule.weights else 0
+  tokens = layout.token_blocks(plan, 'keys', of_weights)
+  operands = lambda group, lag: tuple(
+    layout.operand_blocks(plan, one, 'keys', lag) for one in group
+  )
   head = plan.head
-  specs = {
-    'q': spec((None, None, sides.q, plan.d), lambda b, h, i, j: (b, h, i, 0)),
-    'k': spec(
-      (None, None, sides.k, plan.d), lambda b, h, i, j: (b, head(h), j, 0)
+  blocks = {
+    'q': Block((None, None, sides.q, plan.d), lambda b, h, i, j: (b, h, i, 0)),
+    'k': Block(
+      *((None, None, sides.k, plan.d), lambda b, h, i, j: (b, head(h), j, 0)),
+      flows=True,
     ),
-    'v': spec(
-      (None, None, plan.e, sides.k), lambda b, h, i, j: (b, head(h), 0, j), 2
+    'v': Block(
+      *((None, None, plan.e, sides.k), lambda b, h, i, j: (b, head(h), 0, j)),
+      flows=True,
+      lag=2,
     ),
-    'query': tokens[0][0],
-    'key': tokens[0][1],
-    'key_before': tokens[1][1] if rule.weights else None,
+    'query': tokens[0],
+    'key': tokens[1],
     'extras': Extras(
-      tuple(layout.operand_specs(plan, one, place(0)) for one in laid.scores),
-      (),
-      None
-      if laid.bias is None
-      else spec(
-        (None, None, sides.k, sides.q),
-        lambda b, h, i, j: (*layout.pick(laid.bias, b, h), j, i),
-      ),
-    ),
-    'extras_before': tuple(
-      layout.operand_specs(plan, one, place(1)) for one in laid.weights
+      operands(laid.scores, 0),
+      operands(laid.weights, 1),
+      None if laid.bias is None else layout.bias_block(plan, laid.bias),
     ),
   }
+  place = lambda b, h, i, table: (b, h, i, 0)
   row = pl.BlockSpec((None, None, 1, sides.q), lambda b, h, i, *_: (b, h, 0, i))
   rows = plan.like((plan.b, plan.h, 1, plan.long_q), jnp.float32)
   buffer = lambda *shape, dtype=jnp.float32: pltpu.VMEM(shape, dtype)
   one = buffer(8, sides.q)
   outs = pl.pallas_call(
-    functools.partial(_forward_kernel, rule, plan, layout.rests(extras)),
+    functools.partial(
+      _forward_kernel, rule, plan, blocks, layout.rests(extras)
+    ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(plan.b, plan.h, plan.blocks_q, width + 2),
-      in_specs=[specs],
+      grid=(plan.b, plan.h, plan.blocks_q),
+      in_specs=[jax.tree.map(lambda block: block.spec(place), blocks)],
       out_specs={
         'o': pl.BlockSpec(
           (None, None, plan.e, sides.q), lambda b, h, i, *_: (b, h, 0, i)
@@ -287,13 +326,15 @@ def forward(rule, q, k, v, extras, query, key):
         'l': row,
       },
       scratch_shapes=[
+        tpu_feed.rings(blocks, ins),
         [
+          pltpu.SMEM((1,), jnp.int32),
           buffer(sides.k, sides.q),
           buffer(sides.k, sides.q, dtype=q.dtype),
           buffer(plan.e, sides.q),
           *[one] * 3,
           buffer(*plan.kept[0], dtype=jnp.int32),
-        ]
+        ],
       ],
     ),
     out_shape={
@@ -301,12 +342,10 @@ def forward(rule, q, k, v, extras, query, key):
       'm': rows,
       'l': rows,
     },
-    compiler_params=layout.params(
-      ('parallel', 'parallel', 'arbitrary', 'arbitrary')
-    ),
+    compiler_params=layout.params(('parallel', 'parallel', 'arbitrary')),
     cost_estimate=layout.cost(plan, rule, 2),
     name='flash_forward',
-  )(table, ins)
+  )(table, tpu_feed.laid(blocks, ins))
   o = jnp.moveaxis(outs['o'], 3, 1)[:, : plan.t]
   m, l = (  # noqa: E741
     jnp.swapaxes(outs[name][:, :, 0, : plan.t], 1, 2) for name in 'ml'
@@ -319,60 +358,78 @@ def forward(rule, q, k, v, extras, query, key):
 RING = 4  # blocks of dq on their way: read, added to, and two written
 
 
-def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
-  b, head, j, g, n = (pl.program_id(axis) for axis in range(5))
+def _backward_kernel(
+  rule, plan, blocks, sums, rests, table, totals, ins, outs, ringed, scratch
+):
+  b, head, j, g = (pl.program_id(axis) for axis in range(4))
   h = head * plan.group + g
   runs = plan.runs(table, b, j, False)
   total = runs.total
-  q, k, v, do = (ins[name] for name in ('q', 'k', 'v', 'do'))
-  p_buffer, x_buffer, dk, dv, ring, reads, writes, own, kept = scratch
-  now = layout.Standing(plan, ins['query'], ins['key'], runs.tile(n), j, *kept)
+  begin, p_buffer, x_buffer, dk, dv, dq, dbias, own, kept = scratch
   side_q, side_k = plan.tile.q, plan.tile.k
-  last = n == pl.num_programs(4) - 1
+  of_dq, of_bias = sums
+  k, v, k_turned = (ins[name] for name in ('k', 'v', 'k_turned'))
+  first = (j == 0) & (g == 0)
   del totals  # they are where the results are
 
-  def copy(at, out):
-    """Of the block of dq that step `at` adds to."""
-    where = pl.ds(pl.multiple_of(runs.tile(at, 1) * side_q, side_q), side_q)
-    slot = at & (RING - 1)
-    far, near = outs['totals'][0].at[b, h, :, where], ring.at[slot]
-    if out:
-      return pltpu.make_async_copy(near, far, writes.at[slot])
-    return pltpu.make_async_copy(far, near, reads.at[slot])
+  @pl.when(first)
+  def _():
+    begin[0] = 0
 
-  def add_queries(columns):
-    """dq += k^T dx, of the tile before."""
+  feed = Feed(blocks, ins, ringed, begin[0])
+  place = lambda i: (b, h, i, j)
+  begins = runs.tile(0)
+  pl.when(first & (total > 0))(lambda: feed.start(0, place(begins)))
+  # Of a copy that is awaited it does not matter where it went.
+  anywhere = jnp.int32(0)
+
+  def read(n, i=anywhere):
+    """Of the block of dq that tile n adds to, which is i."""
     slot = n & (RING - 1)
-    dq = pl.ds(0, plan.d)
-    ring[slot, dq, columns] += plan.dot(
-      ins['k_turned'][...], x_buffer[:, columns], NN
+    near, full, _ = dq
+    far = of_dq.within(outs['totals'][0], place(i))
+    return pltpu.make_async_copy(far, near.at[slot], full.at[slot])
+
+  def write(n, i=anywhere):
+    slot = n & (RING - 1)
+    near, _, gone = dq
+    far = of_dq.within(outs['totals'][0], place(i))
+    return pltpu.make_async_copy(near.at[slot], far, gone.at[slot])
+
+  def write_bias(n, i=anywhere):
+    """Of the gradient of the bias of tile n."""
+    near, gone = dbias
+    far = of_bias.within(outs['totals'][1], place(i))
+    return pltpu.make_async_copy(near.at[n & 1], far, gone.at[n & 1])
+
+  def add_queries(columns, n):
+    """dq += k^T dx, of tile n."""
+    slot = n & (RING - 1)
+    dq[0][slot, pl.ds(0, plan.d), columns] += plan.dot(
+      k_turned[...], x_buffer[:, columns], NN
     )
     if own['queries'] is not None:
       more = pl.ds(layout.aligned(plan.d), layout.MORE)
-      ring[slot, more, columns] += own['queries'][:, columns]
+      dq[0][slot, more, columns] += own['queries'][:, columns]
 
-  def add_keys(rows, columns):
+  def add_keys(rows, columns, q, do):
     """dv += w do and dk += dx q, of the tile before."""
-    dv[rows, :] += plan.dot(
-      p_buffer[rows, columns], ins['do_before'][columns, :], NN
-    )
-    dk[rows, :] += plan.dot(
-      x_buffer[rows, columns], ins['q_before'][columns, :], NN
-    )
+    dv[rows, :] += plan.dot(p_buffer[rows, columns], do[columns, :], NN)
+    dk[rows, :] += plan.dot(x_buffer[rows, columns], q[columns, :], NN)
 
-  def weigh(rows, columns, masked):
-    """w and dx, of the tile that has come."""
-    x = plan.dot(k[rows, :], q[columns, :], NT)
-    part = layout.part_of(rests, ins['extras'], rows, columns)
+  def weigh(rows, columns, n, come, now, masked):
+    """w and dx, of tile n, which has come."""
+    x = plan.dot(k[rows, :], come['q'][columns, :], NT)
+    part = layout.part_of(rests, come['extras'], rows, columns)
     if plan.modified:
       x, to_scores = layout.modified(
         *(rule.scored, x, now, part._replace(weights=()), rows, columns)
       )
     if masked:
       x = layout.masked(rule, plan, x, now, rows, columns)
-    m, share, delta = (ins['known'][pl.ds(at, 1), columns] for at in range(3))
+    m, share, delta = (come['known'][pl.ds(at, 1), columns] for at in range(3))
     p = plan.power(x - m) * share
-    dw = plan.dot(v[rows, :], do[columns, :], NT)
+    dw = plan.dot(v[rows, :], come['do'][columns, :], NT)
     w, dp, dextras = p, dw, Extras()
     if rule.weights:
       part = Extras(weights=part.weights)
@@ -385,7 +442,7 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
     p_buffer[rows, columns] = w.astype(p_buffer.dtype)
     x_buffer[rows, columns] = dx.astype(x_buffer.dtype)
     if dextras.bias is not None:
-      outs['totals'][1][rows, columns] = dextras.bias[0, 0].astype(jnp.float32)
+      dbias[0][n & 1, rows, columns] = dextras.bias[0, 0].astype(jnp.float32)
     dextras = layout.kinds(dextras)
     for ref, dx in zip(own['heads'], dextras['heads']):
       ref[...] += dx.reshape(ref.shape)
@@ -398,90 +455,111 @@ def _backward_kernel(rule, plan, rests, table, totals, ins, outs, scratch):
         more += own['queries'][at, columns]
       own['queries'][at, columns] = more
 
-  def stages(parts, add, masked=None):
-    if masked or (plan.modified and masked is not None):
+  def stages(parts, n, add, i=None, masked=None):
+    """dq, dk and dv of tile n - 1, if `add`, and, if i, weights of tile n."""
+    come, before = feed.at(n), feed.at(n - 1)
+    now = layout.Standing(plan, come['query'], come['key'], i, j, *kept)
+    if masked or (plan.modified and i is not None):
       now.keep_queries()
     for columns in layout.cut(side_q, parts.columns):
       if add:
-        add_queries(columns)
+        add_queries(columns, n - 1)
       for rows in layout.cut(side_k, parts.rows):
         if add:
-          add_keys(rows, columns)
-        if masked is not None:
-          weigh(rows, columns, masked)
+          add_keys(rows, columns, before['q'], before['do'])
+        if i is not None:
+          weigh(rows, columns, n, come, now, masked)
 
-  @pl.when((n == 0) & (g == 0))
+  @pl.when(g == 0)
   def _():
     dk[...] = jnp.zeros_like(dk)
     dv[...] = jnp.zeros_like(dv)
-    now.keep_keys()
+    layout.Standing(plan, None, ins['key'], 0, j, *kept).keep_keys()
 
-  @pl.when(n == 0)
-  def _():
-    for ref in (*own['heads'], *own['keys']):
-      ref[...] = jnp.zeros_like(ref)
-    if own['queries'] is not None:
-      own['queries'][...] = jnp.zeros_like(own['queries'])
+  for ref in (*own['heads'], *own['keys']):
+    ref[...] = jnp.zeros_like(ref)
+  if own['queries'] is not None:
+    own['queries'][...] = jnp.zeros_like(own['queries'])
 
-  @pl.when(n < total)
-  def _():
-    # The block that goes where the next will come has had two steps to leave.
-    pl.when(n >= RING)(lambda: copy(n + 1 - RING, True).wait())
-    copy(n + 1, False).start()
+  def step(n, tiles):
+    """Tile n comes; that before is added beside it."""
+    before, i = tiles
+    after = runs.tile(n + 1)
+    # What leaves the place to which this one comes has had two steps for it.
+    pl.when(n >= RING)(lambda: write(n - RING).wait())
+    read(n, i).start()
+    if dbias:
+      pl.when(n >= 2)(lambda: write_bias(n - 2).wait())
+    feed.wait(n)
+    pl.when(n + 1 < total)(lambda: feed.start(n + 1, place(after)))
 
-  active = (n >= 1) & (n <= total)
-  pl.when(active)(lambda: copy(n, False).wait())
-  steady = (n >= 1) & (n < total)
-
-  @pl.when(steady)
-  def _():
-    if not plan.mask:
-      return stages(plan.tile.clear, True, False)
-    needs_mask = runs.needs_mask(now.i)
-    pl.when(needs_mask)(lambda: stages(plan.tile.masked, True, True))
-    pl.when(~needs_mask)(lambda: stages(plan.tile.clear, True, False))
-
-  @pl.when(~steady)
-  def _():
-    pl.when(active)(lambda: stages(plan.tile.clear, True))
-    pl.when(n < total)(lambda: stages(plan.tile.masked, False, plan.mask))
-
-  pl.when(active)(lambda: copy(n, True).start())
-
-  @pl.when((n == total) & active)
-  def _():
-    for back in range(RING):
-      at = n - back
-      pl.when(at >= 1)(lambda at=at: copy(at, True).wait())
-
-  if outs['totals'][1] is not None:
-
-    @pl.when(total == 0)
+    @pl.when(n == 0)
     def _():
-      outs['totals'][1][...] = jnp.zeros_like(outs['totals'][1])
+      stages(plan.tile.masked, n, False, i, plan.mask)
 
-  @pl.when(last & (g == plan.group - 1))
+    @pl.when(n > 0)
+    def _():
+      read(n - 1).wait()
+      visit = functools.partial(stages, n=n, add=True, i=i)
+      if plan.mask:
+        needs_mask = runs.needs_mask(i)
+        pl.when(needs_mask)(lambda: visit(plan.tile.masked, masked=True))
+        pl.when(~needs_mask)(lambda: visit(plan.tile.clear, masked=False))
+      else:
+        visit(plan.tile.clear, masked=False)
+      write(n - 1, before).start()
+
+    if dbias:
+      write_bias(n, i).start()
+    return i, after
+
+  ends, _ = lax.fori_loop(jnp.int32(0), total, step, (begins, begins))
+
+  # The next row is of the next head of the group, or of the next keys.
+  last = g == plan.group - 1
+  next_j = jnp.where(last, j + 1, j)
+
+  @pl.when(next_j < plan.blocks_k)
+  def _():
+    following = plan.runs(table, b, next_j, False)
+    next_h = head * plan.group + jnp.where(last, 0, g + 1)
+    where = b, next_h, following.tile(0), next_j
+    pl.when(following.total > 0)(lambda: feed.start(total, where))
+    begin[0] = begin[0] + total
+
+  @pl.when(total > 0)
+  def _():
+    read(total - 1).wait()
+    stages(plan.tile.clear, total, True)
+    write(total - 1, ends).start()
+
+  for back in range(1, RING + 1):
+
+    @pl.when(total >= back)
+    def _(back=back):
+      write(total - back).wait()
+      if dbias and back <= 2:
+        write_bias(total - back).wait()
+
+  @pl.when(last)
   def _():
     outs['dk'][...] = dk[...] / plan.unit
     outs['dv'][...] = dv[...]
 
-  @pl.when(last)
-  def _():
-    for out, ref in zip(outs['heads'], own['heads']):
-      out[...] = ref[...]
-    for out, ref in zip(outs['keys'], own['keys']):
-      out[...] = jnp.broadcast_to(ref[...], (side_k, 128)).T[:1]
+  for out, ref in zip(outs['heads'], own['heads']):
+    out[...] = ref[...]
+  for out, ref in zip(outs['keys'], own['keys']):
+    out[...] = jnp.broadcast_to(ref[...], (side_k, 128)).T[:1]
 
 
 @once('tpu', 'tpu')
 def backward(rule, *inputs):
-  """See `_backward`. Under vmap one after the other.
+  """See `_backward`."""
 
-  For JAX cannot map over arrays that a kernel takes as a whole, as it does the
-  sums of dq.
-  """
-  run = functools.partial(apart.gradients, functools.partial(_backward, rule))
-  return jax.custom_batching.sequential_vmap(run)(*inputs)
+  def run(rule, *inputs):
+    return apart.gradients(functools.partial(_backward, rule), *inputs)
+
+  return _one_by_one(run, rule, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -490,7 +568,7 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
   del dm
   plan = layout.make(rule, q, k, v, extras, query, key, 'backward')
   sides = plan.tile
-  table, width = plan.table(rule, query, key, False)
+  table = plan.table(rule, query, key, False)
   delta = jnp.sum(do.astype(jnp.float32) * o, -1) - l * dl
   unseen = l == 0
   rest = (0, 0), (0, plan.long_q - plan.t), (0, 0)
@@ -509,15 +587,11 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
   )
   # Padding is filled up with what occurs, and nobody sees it: its scores then
   # have a derivative as others have.
-  q_laid = layout.rows_first(
-    layout.scaled(q, rule.scale * plan.unit), plan.long_q, last=True
-  )
-  do_laid = layout.rows_first(do.astype(q.dtype), plan.long_q)
   ins = {
-    'q': q_laid,
-    'q_before': q_laid,
-    'do': do_laid,
-    'do_before': do_laid,
+    'q': layout.rows_first(
+      layout.scaled(q, rule.scale * plan.unit), plan.long_q, last=True
+    ),
+    'do': layout.rows_first(do.astype(q.dtype), plan.long_q),
     'known': layout.rows_last(jnp.stack(known, 3), plan.long_q),
     'k': layout.rows_first(k, plan.long_k, last=True),
     'k_turned': layout.rows_last(k, plan.long_k, last=True),
@@ -527,50 +601,38 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
     'extras': laid,
   }
 
-  def place(lag):
-    def at(b, head, j, g, n, table):
-      i = plan.runs(table, b, j, False).tile(n, lag)
-      return b, head * plan.group + g, i, j
-
-    return at
-
-  def spec(block, index, lag=0):
-    return pl.BlockSpec(block, lambda *grid: index(*place(lag)(*grid)))
-
-  def of_keys(*block):
-    return pl.BlockSpec(
-      (None, None, *block), lambda b, head, j, *_: (b, head, j, 0)
-    )
-
-  rows = lambda b, h, i, j: (b, h, i, 0)
+  head = plan.head
   of_q, of_do = (None, None, sides.q, plan.d), (None, None, sides.q, plan.e)
-  token_specs = layout.token_specs(plan, place(0))
-  operand_specs = lambda group: tuple(
-    layout.operand_specs(plan, one, place(0)) for one in group
+  of_k, of_v = (None, None, sides.k, plan.d), (None, None, sides.k, plan.e)
+  queries, keys = (
+    lambda b, h, i, j: (b, h, i, 0),
+    lambda b, h, i, j: (b, head(h), j, 0),
   )
-  of_tile = lambda x: spec(
-    (None, None, sides.k, sides.q),
-    lambda b, h, i, j: (*layout.pick(x, b, h), j, i),
+  tokens = layout.token_blocks(plan, 'queries')
+  operands = lambda group: tuple(
+    layout.operand_blocks(plan, one, 'queries') for one in group
   )
-  specs = {
-    'q': spec(of_q, rows),
-    'q_before': spec(of_q, rows, 1),
-    'do': spec(of_do, rows),
-    'do_before': spec(of_do, rows, 1),
-    'known': spec((None, None, 3, sides.q), lambda b, h, i, j: (b, h, 0, i)),
-    'k': of_keys(sides.k, plan.d),
-    'k_turned': pl.BlockSpec(
-      (None, None, plan.d, sides.k), lambda b, head, j, *_: (b, head, 0, j)
+  blocks = {
+    'q': Block(of_q, queries, flows=True, lag=1),
+    'do': Block(of_do, queries, flows=True, lag=1),
+    'known': Block(
+      *((None, None, 3, sides.q), lambda b, h, i, j: (b, h, 0, i)), flows=True
     ),
-    'v': of_keys(sides.k, plan.e),
-    'query': token_specs[0],
-    'key': token_specs[1],
+    'k': Block(of_k, keys),
+    'k_turned': Block(
+      *((None, None, plan.d, sides.k), lambda b, h, i, j: (b, head(h), 0, j))
+    ),
+    'v': Block(of_v, keys),
+    'query': tokens[0],
+    'key': tokens[1],
     'extras': Extras(
-      operand_specs(laid.scores),
-      operand_specs(laid.weights),
-      None if laid.bias is None else of_tile(laid.bias),
+      operands(laid.scores),
+      operands(laid.weights),
+      None if laid.bias is None else layout.bias_block(plan, laid.bias),
     ),
   }
+  place = lambda b, head, j, g, table: (b, head * plan.group + g, 0, j)
+  spec = lambda shape, index: Block(shape, index).spec(place)
   like = floats(extras)
   kinds = layout.kinds(like)
   like_heads = [(x.shape, math.prod(x.shape[1:])) for x in kinds['heads']]
@@ -585,21 +647,27 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
     if laid.bias is None
     else jnp.full((b, h, plan.long_k, plan.long_q), zero),
   )
-  anywhere = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), totals)
+  sums = (
+    Block((None, None, rows_dq, sides.q), lambda b, h, i, j: (b, h, 0, i)),
+    None if laid.bias is None else layout.bias_block(plan, totals[1]),
+  )
+  far = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.HBM), totals)
   buffer = lambda *shape, dtype=f32: pltpu.VMEM(shape, dtype)
   outs = pl.pallas_call(
-    functools.partial(_backward_kernel, rule, plan, layout.rests(extras)),
+    functools.partial(
+      _backward_kernel, rule, plan, blocks, sums, layout.rests(extras)
+    ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(b, plan.heads, plan.blocks_k, plan.group, width + 1),
-      in_specs=[anywhere, specs],
+      grid=(b, plan.heads, plan.blocks_k, plan.group),
+      in_specs=[
+        far,
+        jax.tree.map(lambda block: block.spec(place), blocks),
+      ],
       out_specs={
-        'dk': of_keys(sides.k, plan.d),
-        'dv': of_keys(sides.k, plan.e),
-        'totals': (
-          anywhere[0],
-          None if laid.bias is None else of_tile(totals[1]),
-        ),
+        'dk': spec(of_k, keys),
+        'dv': spec(of_v, keys),
+        'totals': far,
         'heads': [
           spec((None, None, None, 1, n), lambda b, h, i, j: (b, h, j, 0, 0))
           for _, n in like_heads
@@ -610,21 +678,28 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
         ],
       },
       scratch_shapes=[
+        tpu_feed.rings(blocks, ins),
         [
+          pltpu.SMEM((1,), jnp.int32),
           buffer(sides.k, sides.q, dtype=q.dtype),
           buffer(sides.k, sides.q, dtype=q.dtype),
           buffer(sides.k, plan.d),
           buffer(sides.k, plan.e),
-          buffer(RING, rows_dq, sides.q),
-          pltpu.SemaphoreType.DMA((RING,)),
-          pltpu.SemaphoreType.DMA((RING,)),
+          [
+            buffer(RING, rows_dq, sides.q),
+            pltpu.SemaphoreType.DMA((RING,)),
+            pltpu.SemaphoreType.DMA((RING,)),
+          ],
+          []
+          if laid.bias is None
+          else [buffer(2, sides.k, sides.q), pltpu.SemaphoreType.DMA((2,))],
           {
             'heads': [buffer(1, n) for _, n in like_heads],
             'keys': [buffer(sides.k, 1) for _ in kinds['keys']],
             'queries': buffer(more, sides.q) if more else None,
           },
           [buffer(*shape, dtype=jnp.int32) for shape in plan.kept],
-        ]
+        ],
       ],
     ),
     out_shape={
@@ -642,11 +717,11 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
       for at in range(len(jax.tree.leaves(totals)))
     },
     compiler_params=layout.params(
-      ('parallel', 'parallel', 'arbitrary', 'arbitrary', 'arbitrary')
+      ('parallel', 'parallel', 'arbitrary', 'arbitrary')
     ),
     cost_estimate=layout.cost(plan, rule, 5),
     name='flash_backward',
-  )(table, totals, ins)
+  )(table, jax.tree.map(tpu_feed.far, totals), tpu_feed.laid(blocks, ins))
   dq = outs['totals'][0][:, :, : plan.d, : plan.t] * rule.scale
   back = lambda x, like: jnp.swapaxes(x[:, :, : like.shape[1]], 1, 2)
   dextras = layout.of_kinds(

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import masks, runs
 from pallas_kernels.blocks import LANES, Tile, tile
+from pallas_kernels.flash.tpu_feed import Block
 from pallas_kernels.masks import Everything, Side, Tokens
 from pallas_kernels.problem import (
   Extras,
@@ -235,52 +236,48 @@ def pick(x, *index):
   return tuple(0 if n == 1 else i for n, i in zip(x.shape, index))
 
 
-def operand_specs(plan, own: Operands, place) -> Operands:
-  """place(*grid) -> (b, h, i, j): which blocks of an operand are read."""
+def operand_blocks(plan, own: Operands, flow: str, lag=0) -> Operands:
+  """Those of 'queries' or of 'keys' flow, whichever a kernel loops over."""
 
-  def spec(x, block, index):
-    return pl.BlockSpec(block, lambda *grid: index(x, *place(*grid)))
+  def of_queries(x):
+    index = lambda b, h, i, j: (*pick(x, b, h), 0, i)
+    return Block((None, None, 1, plan.tile.q), index, flow == 'queries', lag)
 
-  return Operands(
-    tuple(
-      spec(x, (None, 1, x.shape[2]), lambda _, b, h, i, j: (h, 0, 0))
-      for x in own.heads
-    ),
-    tuple(
-      spec(
-        *(x, (None, None, 1, plan.tile.q)),
-        lambda x, b, h, i, j: (*pick(x, b, h), 0, i),
-      )
-      for x in own.queries
-    ),
-    tuple(
-      spec(
-        *(x, (None, None, 1, plan.tile.k)),
-        lambda x, b, h, i, j: (*pick(x, b, h), 0, j),
-      )
-      for x in own.keys
-    ),
-  )
+  def of_keys(x):
+    index = lambda b, h, i, j: (*pick(x, b, h), 0, j)
+    return Block((None, None, 1, plan.tile.k), index, flow == 'keys', lag)
+
+  def of_head(x):
+    return Block((None, 1, x.shape[2]), lambda b, h, i, j: (h, 0, 0))
+
+  kinds = zip((of_head, of_queries, of_keys), own)
+  return Operands(*(tuple(map(block, arrays)) for block, arrays in kinds))
 
 
-def token_specs(plan, place):
+def token_blocks(plan, flow: str, lag=0):
   """Of queries and of keys, or None."""
   if not plan.tokens:
     return None, None
   row = lambda b: b if plan.rows > 1 else 0
-
-  def query(*grid):
-    b, _, i, _ = place(*grid)
-    return row(b), 0, i
-
-  def key(*grid):
-    b, _, _, j = place(*grid)
-    return row(b), 0, j
-
   return (
-    pl.BlockSpec((None, plan.fields, plan.tile.q), query),
-    pl.BlockSpec((None, plan.fields, plan.tile.k), key),
+    Block(
+      (None, plan.fields, plan.tile.q),
+      lambda b, h, i, j: (row(b), 0, i),
+      flow == 'queries',
+      lag,
+    ),
+    Block(
+      (None, plan.fields, plan.tile.k),
+      lambda b, h, i, j: (row(b), 0, j),
+      flow == 'keys',
+      lag,
+    ),
   )
+
+
+def bias_block(plan, bias):
+  index = lambda b, h, i, j: (*pick(bias, b, h), j, i)
+  return Block((None, None, plan.tile.k, plan.tile.q), index, flows=True)
 
 
 def _column(row):
