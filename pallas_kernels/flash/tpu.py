@@ -547,7 +547,8 @@ def _backward_kernel(
     outs['dv'][...] = dv[...]
 
   for out, ref in zip(outs['heads'], own['heads']):
-    out[...] = ref[...]
+    x = ref[...]
+    out[...] = x if x.shape == out.shape else x.sum(keepdims=True)
   for out, ref in zip(outs['keys'], own['keys']):
     out[...] = jnp.broadcast_to(ref[...], (side_k, 128)).T[:1]
 
@@ -694,7 +695,10 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
           if laid.bias is None
           else [buffer(2, sides.k, sides.q), pltpu.SemaphoreType.DMA((2,))],
           {
-            'heads': [buffer(1, n) for _, n in like_heads],
+            'heads': [
+              buffer(*((1, n) if n > 1 else (8, layout.LANES)))
+              for _, n in like_heads
+            ],
             'keys': [buffer(sides.k, 1) for _ in kinds['keys']],
             'queries': buffer(more, sides.q) if more else None,
           },

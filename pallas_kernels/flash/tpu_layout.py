@@ -5,6 +5,7 @@ tile, and arrays end with the time axis where they can: 'b h d t', 'rows f t'.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -401,18 +402,50 @@ def rests(extras: Extras) -> Extras:
 
 
 def modified(fn, x, standing, extras: Extras, rows, columns):
-  """fn of a part 's t' and the function back from its gradient."""
+  """fn of a part 's t' and the function back from its gradient.
+
+  The gradient of an operand that is one number of each head is '8 128', which
+  is left to be summed: the rest of the sum would have to wait for itself.
+  """
   query, key = _sides(standing, rows, columns)
-  y, back = jax.vjp(
-    lambda x, values: fn(x, query, key, with_floats(extras, values)),
-    *(x[None, None], floats(extras)),
+  x, values = x[None, None], floats(extras)
+  alone = jax.tree.map(lambda x: x if x.size == 1 else None, _of_heads(values))
+  rest = jax.tree.map(
+    lambda x, alone: None if alone is not None else x,
+    *(values, alone),
+    is_leaf=lambda x: x is None,
   )
+  call = lambda x, values: fn(x, query, key, with_floats(extras, values))
+  y, back = jax.vjp(call, x, rest)
 
   def gradient(dy):
     dx, dextras = back(dy[None, None])
-    return dx[0, 0], dextras
+    leaves, tree = jax.tree.flatten(alone)
+    sums = []
+    for at in range(len(leaves)):
+      ways = [jnp.full_like(x, at == i) for i, x in enumerate(leaves)]
+      along = (tree.unflatten(leaves),), (tree.unflatten(ways),)
+      _, slope = jax.jvp(functools.partial(call, x), *along)
+      sums.append(_left(dy * slope[0, 0]))
+    return dx[0, 0], with_floats(dextras, tree.unflatten(sums))
 
   return y[0, 0], gradient
+
+
+def _of_heads(values: Extras) -> Extras:
+  """Those of heads, and None for the others."""
+  none = lambda group: (None,) * len(group)
+  own = lambda one: Operands(one.heads, none(one.queries), none(one.keys))
+  scores, weights = (
+    tuple(map(own, group)) for group in (values.scores, values.weights)
+  )
+  return Extras(scores, weights)
+
+
+def _left(x):
+  """'s t' to '8 128': the sum as far as no lane meets another."""
+  x = folded(jnp.sum, x)
+  return sum(x[:, at : at + LANES] for at in range(0, x.shape[1], LANES))
 
 
 def masked(rule, plan, x, standing, rows, columns):
