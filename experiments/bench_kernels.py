@@ -62,6 +62,7 @@ class Schedule:
       products are done with those before; None where that is not known.
     masked: tile, where the tile needs a mask and has a program of its own.
     busy: share of the slots for matrix work that a step fills.
+    vector: the same for arithmetic on vectors.
     fills, spills: in `tile`.
     masked_spills: in `masked`.
     seconds: of compiling.
@@ -71,6 +72,7 @@ class Schedule:
   step: int
   masked: int | None
   busy: float
+  vector: float
   fills: int
   spills: int
   masked_spills: int | None = None
@@ -89,7 +91,7 @@ def read(folder: Path, kernel: str, hold: int | None) -> Schedule:
   head, _, table = usage.read_text().partition('== UTILIZATION:')
   capacity = [int(x) for x in head.split('\n')[2].split()]
   units = [[int(x) for x in row.split()] for row in table.split('\n') if row]
-  return steady(lines(program.read_text()), units, capacity[MXU], hold)
+  return steady(lines(program.read_text()), units, capacity, hold)
 
 
 def lines(program: str) -> list[str]:
@@ -124,7 +126,7 @@ def cycles(bundles: Sequence[str], hold: int) -> int:
 def steady(
   bundles: Sequence[str],
   units: Sequence[Sequence[int]],
-  slots: int,
+  capacity: Sequence[int],
   hold: int | None = None,
 ) -> Schedule:
   """What of a program is the steady state.
@@ -179,7 +181,8 @@ def steady(
     tile=len(own[tile]),
     step=step,
     masked=masked and len(own[masked]),
-    busy=work[tile] / (slots * step),
+    busy=work[tile] / (capacity[MXU] * step),
+    vector=total(own[tile], VALU) / (capacity[VALU] * step),
     fills=total(own[tile], FILL),
     spills=total(own[tile], SPILL),
     masked_spills=masked and total(own[masked], SPILL),
@@ -403,7 +406,7 @@ def static(args: argparse.Namespace) -> list[str]:
     features.append(
       [
         *(chip, direction, f'{q} x {k}', feature, f'{one.step:,}'),
-        f'{one.step / plain.step:.2f}',
+        *(f'{one.step / plain.step:.2f}', f'{one.vector:.0%}'),
         *(f'{one.spills:,}', f'{one.masked_spills or 0:,}'),
       ]
     )
@@ -432,11 +435,13 @@ def static(args: argparse.Namespace) -> list[str]:
     '## With more than a causal mask',
     f'Ours, in the chosen tiles, {WIDTH} wide: a window of {LENGTH // 8:,} keys'
     ' and 4 first ones, 4 documents, a soft cap, ALiBi, and dropout; bundles of'
-    ' a step, and those over what a step takes under a causal mask alone.',
+    ' a step, those over what a step takes under a causal mask alone, and the'
+    ' share of the slots for arithmetic on vectors that it fills: what fills'
+    ' them can be no shorter, whatever it spills.',
     markdown(
       [
         *('chip', 'direction', 'queries x keys', 'with', 'step'),
-        *('step over causal', 'spills', 'spills masked'),
+        *('step over causal', 'VALU slots', 'spills', 'spills masked'),
       ],
       features,
     ),

@@ -28,6 +28,7 @@ LH: loop header
    0xc   :  { vsyncpa [#allocation3], 1 }
 """
 WORK = {3: 2, 4: 2, 6: 2, 8: 2}
+CAPACITY = [2, 2, 4]  # of matrix units, of what permutes, of arithmetic
 
 
 def test_steady():
@@ -36,9 +37,11 @@ def test_steady():
   for at, slots in WORK.items():
     units[at][bench_kernels.MXU] = slots
   units[7][bench_kernels.SPILL] = 1
-  found = bench_kernels.steady(bundles, units, slots=2)
+  units[3][bench_kernels.VALU], units[6][bench_kernels.VALU] = 1, 4
+  found = bench_kernels.steady(bundles, units, CAPACITY)
   assert found == bench_kernels.Schedule(
-    tile=2, step=7, masked=3, busy=4 / 14, fills=0, spills=0, masked_spills=1
+    **dict(tile=2, step=7, masked=3, busy=4 / 14, vector=1 / 28),
+    **dict(fills=0, spills=0, masked_spills=1),
   )
 
 
@@ -55,19 +58,21 @@ def test_bundles_wait_for_the_matrix_units_that_they_use():
 def test_steady_counts_what_a_step_does_besides():
   bundles = bench_kernels.lines(PROGRAM)
   units = [[2 * (at in WORK)] + [0] * 9 for at in range(len(bundles))]
-  assert bench_kernels.steady(bundles, units, 2).cycles is None
+  assert bench_kernels.steady(bundles, units, CAPACITY).cycles is None
   # Two products of the tile, one after the other, and 5 bundles around them.
-  assert bench_kernels.steady(bundles, units, 2, hold=16).cycles == 17 + 5
+  assert (
+    bench_kernels.steady(bundles, units, CAPACITY, hold=16).cycles == 17 + 5
+  )
 
 
 def test_steady_checks_that_both_files_are_of_one_program():
   with pytest.raises(ValueError, match='13 bundles, but units of 1'):
-    bench_kernels.steady(bench_kernels.lines(PROGRAM), [[0]], 2)
+    bench_kernels.steady(bench_kernels.lines(PROGRAM), [[0]], CAPACITY)
 
 
 def test_the_page_has_all_rows(monkeypatch):
   one = bench_kernels.Schedule(
-    tile=1000, step=1200, masked=None, busy=0.5, fills=0, spills=0
+    tile=1000, step=1200, masked=None, busy=0.5, vector=0, fills=0, spills=0
   )
   monkeypatch.setattr(bench_kernels, 'schedule', lambda cell: one)
   monkeypatch.setattr(bench_kernels, 'chosen', lambda *_: (1024, 512))
