@@ -28,8 +28,8 @@ from jax.typing import ArrayLike
 from pallas_kernels import dispatch
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.masks import Mask, Side, Tokens
-from pallas_kernels.scores import Score, SoftCap
+from pallas_kernels.masks import Mask, Range, Side, Tokens
+from pallas_kernels.scores import Score, SoftCap, Table
 
 NOT_TWICE = (
   'JAX does not differentiate its kernels, so there are no second derivatives:'
@@ -95,6 +95,26 @@ class Rule:
       scores=tuple(map(own, self.scores)),
       weights=tuple(map(own, self.weights)),
     )
+
+  @property
+  def tables(self) -> tuple[int, ...]:
+    """Which of the scores read a table, see `scores.Table`."""
+    return tuple(
+      at for at, fn in enumerate(self.scores) if isinstance(fn, Table)
+    )
+
+  def of_one(self) -> 'Rule':
+    """The same where a tile reads one entry of each: its operand then."""
+    own = lambda fn: type(fn).of_one if isinstance(fn, Table) else fn
+    return dataclasses.replace(self, scores=tuple(map(own, self.scores)))
+
+  def same(self, extras: Extras, query: Range, key: Range):
+    """Whether all pairs of two blocks of tokens read the same of each table."""
+    found = np.True_
+    for at in self.tables:
+      (table,) = extras.scores[at].heads
+      found &= self.scores[at].same(query, key, table.shape[1])
+    return found
 
   def scored(self, x, query: Side, key: Side, extras: Extras):
     """Scores `b h t s` modified; sides `b 1 t 1`, `b 1 1 s`."""

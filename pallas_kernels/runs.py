@@ -7,17 +7,28 @@ neither computed nor fetched; a hole inside the second is computed under the
 mask. The table grows with the length, never with its square.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from pallas_kernels import masks, tiles
-from pallas_kernels.masks import Mask, Tokens
+from pallas_kernels.masks import Mask, Range, Tokens
 
 FIELDS = 7
 FIRST, COUNT, JUMP, TOTAL, LAST, CLEAR, CLEAR_END = range(FIELDS)
 
 
-def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
+def table(
+  mask: Mask,
+  query: Tokens,
+  key: Tokens,
+  q: int,
+  k: int,
+  by_query: bool,
+  plain: Callable[[Range, Range], ArrayLike] | None = None,
+):
   """The runs of each block, int32 'rows * n * FIELDS'.
 
   Args:
@@ -25,6 +36,7 @@ def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
     query, key: tokens 'rows t' and 'rows s', where rows may be 1 in any array.
     q, k: queries and keys in a tile.
     by_query: blocks of queries have runs of keys, else the other way round.
+    plain: what a tile must be besides, to need no mask.
 
   Tile n of a row lies at FIRST + n, or at JUMP + n from COUNT on. TOTAL counts
   the tiles, LAST is TOTAL - 1 or 0; those from CLEAR up to CLEAR_END need no
@@ -40,6 +52,8 @@ def table(mask: Mask, query: Tokens, key: Tokens, q: int, k: int, by_query):
   query, key = extent(query, q, 2), extent(key, k, 1)
   shape = rows, query.uniform.shape[1], key.uniform.shape[2]
   empty, full = masks.judge(mask, query, key)
+  if plain is not None:
+    full &= plain(query.range, key.range)
   empty, full = (jnp.broadcast_to(x, shape) for x in (empty, full))
   if not by_query:
     empty, full = empty.mT, full.mT

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.masks import Side
+from pallas_kernels.masks import Range, Side
 
 POSITION = 'position'  # the tag that holds a token's position, if not its order
 
@@ -100,12 +100,23 @@ MOST_COMPARED = 128  # entries of a table that a kernel looks through
 class Table:
   """What reads an entry of a table 'h n', its operand, for each pair.
 
+  Where tokens are far apart all pairs of a tile read the same entry. A kernel
+  may then look it up once, see `same`, `first` and `of_one`.
+
   Attributes:
     gathers: reads it by index, as suits a CPU. A kernel cannot: there each
       entry is put where it belongs, which is elementwise.
   """
 
   gathers: bool = dataclasses.field(default=True, kw_only=True)
+
+  def number(self, behind, n: int):
+    """Which of n entries is that of keys so far behind; monotone on each side.
+
+    What is as far behind and what is as far ahead may share an entry only if
+    all between do.
+    """
+    raise NotImplementedError(f'{type(self).__name__} has no order of entries')
 
   def elementwise(self):
     """The same function for a kernel."""
@@ -122,6 +133,35 @@ class Table:
       found = jnp.where(number == i, table[:, i : i + 1, None], found)
     return found
 
+  def of_pairs(self, query: Side, key: Side, table, dtype):
+    """Entries 'b h t s'."""
+    number = self.number(distance(query, key), table.shape[1])
+    return self.entries(table, number, dtype)
+
+  def same(self, query: Range, key: Range, n: int):
+    """Whether all pairs of two blocks of tokens read the same of n entries."""
+    (first, last), (first_key, last_key) = map(_places, (query, key))
+    nearest, furthest = first - last_key, last - first_key
+    return self.number(nearest, n) == self.number(furthest, n)
+
+  def first(self, query: Side, key: Side, table, dtype):
+    """The entry 'h 1' of the first pair of a tile."""
+    query, key = jax.tree.map(lambda x: x[:1, :1, :1, :1], (query, key))
+    return self.of_pairs(query, key, table, dtype)[0, :, :, 0]
+
+  @staticmethod
+  def of_one(x, query, key, entry):
+    """What it does where all pairs read one entry: 'h', its operand then."""
+    del query, key
+    return x + entry[:, None, None].astype(x.dtype)
+
+
+def _places(block: Range) -> tuple[jax.Array, jax.Array]:
+  """The first and the last position, as `distance` counts them."""
+  if POSITION in (block.tags_min or {}):
+    return block.tags_min[POSITION], block.tags_max[POSITION]
+  return block.order_min, block.order_max
+
 
 @dataclasses.dataclass(frozen=True)
 class Buckets(Table):
@@ -135,17 +175,17 @@ class Buckets(Table):
   furthest: int
   causal: bool
 
-  def __call__(self, x, query, key, table):
-    single = table.shape[1] // (2 if self.causal else 4)
+  def number(self, behind, n):
+    single = n // (2 if self.causal else 4)
     if not 0 < single < self.furthest:
       raise ValueError(
-        f'of {table.shape[1]} buckets {single} are single distances: that must'
+        f'of {n} buckets {single} are single distances: that must'
         f' be at least 1 and below furthest={self.furthest}'
       )
-    number = bucket(
-      distance(query, key), table.shape[1], self.furthest, self.causal
-    )
-    return x + self.entries(table, number, x.dtype)
+    return bucket(behind, n, self.furthest, self.causal)
+
+  def __call__(self, x, query, key, table):
+    return x + self.of_pairs(query, key, table, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +198,8 @@ class Relative(Table):
 
   ahead: int = 0
 
-  def of_pairs(self, query, key, table, dtype):
-    number = distance(query, key) + self.ahead
-    number = jnp.clip(number, 0, table.shape[1] - 1)
-    return self.entries(table, number, dtype)
+  def number(self, behind, n):
+    return jnp.clip(behind + self.ahead, 0, n - 1)
 
   def __call__(self, x, query, key, table):
     return x + self.of_pairs(query, key, table, x.dtype)
@@ -177,6 +215,11 @@ class RelativeFactor(Relative):
 
   def __call__(self, p, query, key, table):
     return p * self.of_pairs(query, key, table, p.dtype)
+
+  @staticmethod
+  def of_one(x, query, key, entry):
+    del query, key
+    return x * entry[:, None, None].astype(x.dtype)
 
 
 def bucket(behind, buckets: int, furthest: int, causal: bool) -> jax.Array:

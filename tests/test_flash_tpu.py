@@ -28,7 +28,15 @@ from pallas_kernels.flash import apart, plain, tpu
 from pallas_kernels.flash import tpu_layout as layout
 from pallas_kernels.masks import Causal, Everything, Mask, Sinks, Window
 from pallas_kernels.problem import problem
-from pallas_kernels.scores import Buckets, Difference, Relative, Score, Slopes
+from pallas_kernels.scores import (
+  Buckets,
+  Difference,
+  Relative,
+  Score,
+  Slopes,
+  Table,
+  bucket,
+)
 from tests import devices
 
 BLOCKS = Blocks(128, 128)
@@ -91,6 +99,16 @@ CASES = {
     draw(),
     {'mask': Causal(), 'score': Relative(4), **LATER},
     {'heads': (number(2, 33),)},
+  ),
+  'far': (
+    draw(t=640, s=640),
+    {'mask': Causal(), 'score': Relative(4), 'query_order': np.arange(640)},
+    {'heads': (number(2, 33),)},
+  ),
+  'far on both sides': (
+    draw(t=500, s=620),
+    {'score': Buckets(24, False), 'query_order': np.arange(500) + 60},
+    {'heads': (number(2, 16),)},
   ),
   'forget': (
     draw(2),
@@ -167,6 +185,9 @@ def formula(q, k, v, numbers, mask=None, softcap=None, score=None, **given):
   if isinstance(score, Relative):
     far = given['query_order'][:, None] - np.arange(s)
     x = x + numbers['heads'][0][:, np.clip(far + 4, 0, 32)]
+  if isinstance(score, Buckets):
+    far = given['query_order'][:, None] - np.arange(s)
+    x = x + numbers['heads'][0][:, bucket(far, 16, 24, False)]
   if isinstance(score, Difference):
     (a,), (b,) = numbers['queries'], numbers['keys']
     x = x + a.mT[..., None] - b.mT[:, :, None]
@@ -271,6 +292,26 @@ def test_exact(name, capfd, monkeypatch):
   fast = interpreted(lambda: results(kernel, arrays, numbers, given), *mode)
   assert 'RACE DETECTED' not in capfd.readouterr().out
   assert broken(fast, naive, exactly(name)) == []
+
+
+@pytest.mark.parametrize('name', ['far', 'far on both sides'])
+def test_far_tiles_read_one_entry_of_a_table(name, monkeypatch):
+  """A mutant, whose entry is that of another pair, is wrong there alone."""
+  arrays, given, numbers = CASES[name]
+  naive = [results(formula, arrays, numbers, given, w) for w in WEIGHTS]
+  first = Table.first
+  monkeypatch.setattr(
+    Table,
+    'first',
+    lambda self, query, key, table, dtype: first(
+      self, query, key, table[:, ::-1], dtype
+    ),
+  )
+  fast = interpreted(lambda: results(kernel, arrays, numbers, given))
+  wrong = broken(fast, naive, exactly(name))
+  assert {at.split(':')[0] for at in wrong} >= {"['o']", "['dq']"}
+  near = fast['o'][0, :128] - exactly(name)['o'][0, :128]
+  assert name != 'far' or np.abs(near).max() < 1e-5
 
 
 @pytest.mark.parametrize(('d', 'e'), [(256, 256), (256, 32), (32, 256)])

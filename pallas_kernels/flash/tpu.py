@@ -112,7 +112,7 @@ def _forward_kernel(
   b, h, i = (pl.program_id(axis) for axis in range(3))
   runs = plan.runs(table, b, i, True)
   total = runs.total
-  begin, x_buffer, p_buffer, o, m, l, shrink, keys = scratch  # noqa: E741
+  (begin, x_buffer, p_buffer, o, m, l, shrink, keys, entries) = scratch  # noqa: E741
   side_q, side_k = plan.tile.q, plan.tile.k
   row = pl.ds(0, 1)
 
@@ -149,16 +149,15 @@ def _forward_kernel(
     l[row, columns] = factor * l[row, columns] + sums.sum(0, keepdims=True)
     o[:, columns] = factor * o[:, columns]
 
-  def score(parts, columns, own, at, masked):
+  def score(parts, columns, own, at, scoring, masked):
     """x = q k and m, of the tile that has come."""
     best = None
     q, k = own['q'], own['k']
     for rows in layout.cut(side_k, parts.rows):
       x = plan.dot(k[rows, :], q[columns, :], NT)
       if plan.modified:
-        part = own['extras']._replace(weights=())
-        part = layout.part_of(rests._replace(weights=()), part, rows, columns)
-        x, _ = layout.modified(rule.scored, x, at, part, rows, columns)
+        part = scoring.part(rows, columns)
+        x, _ = layout.modified(scoring.rule.scored, x, at, part, rows, columns)
       if masked:
         x = layout.masked(rule, plan, x, at, rows, columns)
       x_buffer[rows, columns] = x
@@ -191,6 +190,7 @@ def _forward_kernel(
     pl.when(n + 1 < total)(lambda: feed.start(n + 1, (b, h, i, after)))
     own = feed.at(n)
     at = layout.Standing(plan, own['query'], own['key'], i, j, keys)
+    own_scores = own['extras']._replace(weights=()), rests._replace(weights=())
     others = (
       functools.partial(add, n=n - 2),
       functools.partial(weigh, n=n - 1, j=before),
@@ -198,8 +198,11 @@ def _forward_kernel(
 
     def visit(masked, *others):
       parts = plan.tile.masked if masked else plan.tile.clear
-      now = functools.partial(score, own=own, at=at, masked=masked)
-      stages(parts, *others, now)
+      scoring = layout.Scoring(rule, *own_scores)
+      if plan.tables and not masked:
+        scoring = scoring.of_one(at, entries)
+      now = dict(own=own, at=at, scoring=scoring, masked=masked)
+      stages(parts, *others, functools.partial(score, **now))
 
     steady = n >= 2
     needs_mask = runs.needs_mask(j)
@@ -264,7 +267,7 @@ def forward(rule, *inputs):
 def _forward(rule, q, k, v, extras, query, key):
   plan = layout.make(rule, q, k, v, extras, query, key, 'forward')
   sides = plan.tile
-  table = plan.table(rule, query, key, True)
+  table = plan.table(rule, extras, query, key, True)
   laid = Extras(
     tuple(layout.lay_operands(plan, one) for one in extras.scores),
     tuple(layout.lay_operands(plan, one) for one in extras.weights),
@@ -334,6 +337,7 @@ def _forward(rule, q, k, v, extras, query, key):
           buffer(plan.e, sides.q),
           *[one] * 3,
           buffer(*plan.kept[0], dtype=jnp.int32),
+          [(buffer(1, 1), None)] * plan.tables,
         ],
       ],
     ),
@@ -365,7 +369,7 @@ def _backward_kernel(
   h = head * plan.group + g
   runs = plan.runs(table, b, j, False)
   total = runs.total
-  begin, p_buffer, x_buffer, dk, dv, dq, dbias, own, kept = scratch
+  begin, p_buffer, x_buffer, dk, dv, dq, dbias, own, kept, entries = scratch
   side_q, side_k = plan.tile.q, plan.tile.k
   of_dq, of_bias = sums
   k, v, k_turned = (ins[name] for name in ('k', 'v', 'k_turned'))
@@ -417,13 +421,14 @@ def _backward_kernel(
     dv[rows, :] += plan.dot(p_buffer[rows, columns], do[columns, :], NN)
     dk[rows, :] += plan.dot(x_buffer[rows, columns], q[columns, :], NN)
 
-  def weigh(rows, columns, n, come, now, masked):
+  def weigh(rows, columns, n, come, now, scoring, masked):
     """w and dx, of tile n, which has come."""
     x = plan.dot(k[rows, :], come['q'][columns, :], NT)
-    part = layout.part_of(rests, come['extras'], rows, columns)
+    part = scoring.part(rows, columns)
     if plan.modified:
       x, to_scores = layout.modified(
-        *(rule.scored, x, now, part._replace(weights=()), rows, columns)
+        *(scoring.rule.scored, x, now, part._replace(weights=())),
+        *(rows, columns),
       )
     if masked:
       x = layout.masked(rule, plan, x, now, rows, columns)
@@ -444,7 +449,7 @@ def _backward_kernel(
     if dextras.bias is not None:
       dbias[0][n & 1, rows, columns] = dextras.bias[0, 0].astype(jnp.float32)
     dextras = layout.kinds(dextras)
-    for ref, dx in zip(own['heads'], dextras['heads']):
+    for ref, dx in zip(scoring.sums, dextras['heads']):
       ref[...] += dx.reshape(ref.shape)
     for ref, dx in zip(own['keys'], dextras['keys']):
       ref[rows, :] += dx[0, 0]
@@ -461,6 +466,9 @@ def _backward_kernel(
     now = layout.Standing(plan, come['query'], come['key'], i, j, *kept)
     if masked or (plan.modified and i is not None):
       now.keep_queries()
+    exact = layout.Scoring(rule, come['extras'], rests, own['heads'])
+    once = bool(plan.tables and i is not None and not masked)
+    scoring = exact.of_one(now, entries) if once else exact
     for columns in layout.cut(side_q, parts.columns):
       if add:
         add_queries(columns, n - 1)
@@ -468,7 +476,9 @@ def _backward_kernel(
         if add:
           add_keys(rows, columns, before['q'], before['do'])
         if i is not None:
-          weigh(rows, columns, n, come, now, masked)
+          weigh(rows, columns, n, come, now, scoring, masked)
+    if once:
+      exact.add(now, entries)
 
   @pl.when(g == 0)
   def _():
@@ -569,7 +579,7 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
   del dm
   plan = layout.make(rule, q, k, v, extras, query, key, 'backward')
   sides = plan.tile
-  table = plan.table(rule, query, key, False)
+  table = plan.table(rule, extras, query, key, False)
   delta = jnp.sum(do.astype(jnp.float32) * o, -1) - l * dl
   unseen = l == 0
   rest = (0, 0), (0, plan.long_q - plan.t), (0, 0)
@@ -703,6 +713,7 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
             'queries': buffer(more, sides.q) if more else None,
           },
           [buffer(*shape, dtype=jnp.int32) for shape in plan.kept],
+          [(buffer(1, 1), buffer(8, layout.LANES))] * plan.tables,
         ],
       ],
     ),

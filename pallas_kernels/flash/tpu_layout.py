@@ -44,7 +44,8 @@ class Plan:
     b, h, heads, t, s, d, e: sizes, with `heads` those of k and v.
     rows: rows of tokens, b or 1.
     dtype: of q, k and v.
-    mask: whether any tile may need a mask.
+    mask: whether any tile may need a mask, or more than one entry of a table.
+    tables: how many of the scores read one.
     tokens: whether where tokens stand is read from arrays.
     tags: their names, of queries and of keys.
     segments: whether there are any.
@@ -64,6 +65,7 @@ class Plan:
   rows: int
   dtype: np.dtype
   mask: bool
+  tables: int
   tokens: bool
   tags: tuple[tuple[str, ...], tuple[str, ...]]
   segments: bool
@@ -102,11 +104,13 @@ class Plan:
     keys = self.fields, self.tile.k, LANES
     return keys, (aligned(self.fields), self.tile.q)
 
-  def table(self, rule, query: Tokens, key: Tokens, by_query):
+  def table(self, rule, extras, query: Tokens, key: Tokens, by_query):
     """Which tiles are visited, see `runs.table`."""
     if self.ragged:
       query, key = one_segment(query), one_segment(key)
-    return runs.table(rule.mask, query, key, self.tile.q, self.tile.k, by_query)
+    same = functools.partial(rule.same, extras) if self.tables else None
+    sides = self.tile.q, self.tile.k
+    return runs.table(rule.mask, query, key, *sides, by_query, same)
 
   def runs(self, table, row, block, by_query):
     """Those of one block of one row of the batch."""
@@ -164,7 +168,11 @@ def known(rule: Rule, q, k, v, extras, query, key, sides: Tile) -> dict:
     **dict(b=b, h=h, heads=heads, t=t, s=s, d=d, e=e),
     rows=max(len(x) for x in tokens),
     dtype=q.dtype,
-    mask=not isinstance(rule.mask, Everything) or segments or ragged,
+    mask=bool(
+      not isinstance(rule.mask, Everything)
+      or (segments or ragged or rule.tables)
+    ),
+    tables=len(rule.tables),
     tokens=not rule.ordered or segments or any(tags),
     tags=tags,
     segments=segments,
@@ -399,6 +407,69 @@ def rests(extras: Extras) -> Extras:
     tuple(x.shape[1:] for x in one.heads) for one in group
   )
   return Extras(own(extras.scores), own(extras.weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+  """How scores of a tile are made: each pair by its own, or all by one entry.
+
+  Attributes:
+    rule, extras, rests: as of the kernel, without what is for weights.
+    sums: of backward, where gradients of numbers of heads are added up.
+  """
+
+  rule: Rule
+  extras: Extras
+  rests: Extras
+  sums: Any = None
+
+  def part(self, rows, columns) -> Extras:
+    return part_of(self.rests, self.extras, rows, columns)
+
+  def of_one(self, at: Standing, entries) -> 'Scoring':
+    """The same for a tile of which all pairs read the same of each table.
+
+    entries are buffers '1 1' of what is read, and where their gradients go.
+    """
+    rule = self.rule
+    scores, rests = list(self.extras.scores), list(self.rests.scores)
+    sums = None if self.sums is None else list(self.sums)
+    for place, (entry, total) in zip(rule.tables, entries):
+      entry[...] = _entry(rule.scores[place], at, self._table(place))
+      scores[place] = scores[place]._replace(heads=(entry,))
+      rests[place] = ((),)
+      if sums is not None:
+        total[...] = jnp.zeros_like(total)
+        sums[self._sum(place)] = total
+    return Scoring(
+      rule.of_one(),
+      self.extras._replace(scores=tuple(scores)),
+      self.rests._replace(scores=tuple(rests)),
+      sums,
+    )
+
+  def add(self, at: Standing, entries):
+    """Adds gradients of entries to those of the tables."""
+    for place, (_, total) in zip(self.rule.tables, entries):
+      read = functools.partial(_entry, self.rule.scores[place], at)
+      _, back = jax.vjp(read, self._table(place))
+      (dx,) = back(total[...].sum(keepdims=True))
+      ref = self.sums[self._sum(place)]
+      ref[...] += dx if dx.size > 1 else total[...]  # of one see `modified`
+
+  def _table(self, place):
+    (table,) = self.extras.scores[place].heads
+    return table[...].astype(jnp.float32)
+
+  def _sum(self, place):
+    """Which of the sums is that of a table."""
+    before = self.extras._replace(scores=self.extras.scores[:place], weights=())
+    return len(kinds(floats(before))['heads'])
+
+
+def _entry(fn, at: Standing, table):
+  query, key = _sides(at, pl.ds(0, 8), pl.ds(0, LANES))
+  return fn.first(query, key, table, jnp.float32)
 
 
 def modified(fn, x, standing, extras: Extras, rows, columns):
