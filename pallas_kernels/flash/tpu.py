@@ -112,7 +112,8 @@ def _forward_kernel(
   b, h, i = (pl.program_id(axis) for axis in range(3))
   runs = plan.runs(table, b, i, True)
   total = runs.total
-  (begin, x_buffer, p_buffer, o, m, l, shrink, keys, entries) = scratch  # noqa: E741
+  begin, x_buffer, p_buffer, o, m, l, shrink, keys, *more = scratch  # noqa: E741
+  of_scores, of_weights, entries = more
   side_q, side_k = plan.tile.q, plan.tile.k
   row = pl.ds(0, 1)
 
@@ -136,12 +137,14 @@ def _forward_kernel(
     most, factor, sums = m[row, columns], shrink[row, columns], None
     own = feed.at(n)
     at = layout.Standing(plan, own['query'], own['key'], i, j)
+    weights = own['extras'].weights, of_weights
+    weights = layout.kept(*weights, fill=columns.start == 0)
     for rows in layout.cut(side_k, parts.rows):
       p = plan.power(x_buffer[rows, columns] - most)
       more = layout.folded(jnp.sum, p)
       sums = more if sums is None else sums + more
       if rule.weights:
-        part = Extras(weights=own['extras'].weights)
+        part = Extras(weights=weights)
         part = layout.part_of(Extras((), rests.weights), part, rows, columns)
         p, _ = layout.modified(rule.weighed, p, at, part, rows, columns)
       p_buffer[rows, columns] = p.astype(p_buffer.dtype)
@@ -190,7 +193,6 @@ def _forward_kernel(
     pl.when(n + 1 < total)(lambda: feed.start(n + 1, (b, h, i, after)))
     own = feed.at(n)
     at = layout.Standing(plan, own['query'], own['key'], i, j, keys)
-    own_scores = own['extras']._replace(weights=()), rests._replace(weights=())
     others = (
       functools.partial(add, n=n - 2),
       functools.partial(weigh, n=n - 1, j=before),
@@ -198,7 +200,9 @@ def _forward_kernel(
 
     def visit(masked, *others):
       parts = plan.tile.masked if masked else plan.tile.clear
-      scoring = layout.Scoring(rule, *own_scores)
+      scores = layout.kept(own['extras'].scores, of_scores)
+      extras = Extras(scores, bias=own['extras'].bias)
+      scoring = layout.Scoring(rule, extras, rests._replace(weights=()))
       if plan.tables and not masked:
         scoring = scoring.of_one(at, entries)
       now = dict(own=own, at=at, scoring=scoring, masked=masked)
@@ -337,6 +341,8 @@ def _forward(rule, q, k, v, extras, query, key):
           buffer(plan.e, sides.q),
           *[one] * 3,
           buffer(*plan.kept[0], dtype=jnp.int32),
+          layout.columns_of(laid.scores, sides.k),
+          layout.columns_of(laid.weights, sides.k),
           [(buffer(1, 1), None)] * plan.tables,
         ],
       ],
@@ -369,7 +375,8 @@ def _backward_kernel(
   h = head * plan.group + g
   runs = plan.runs(table, b, j, False)
   total = runs.total
-  begin, p_buffer, x_buffer, dk, dv, dq, dbias, own, kept, entries = scratch
+  begin, p_buffer, x_buffer, dk, dv, dq, dbias, own, kept, *more = scratch
+  of_scores, of_weights, entries = more
   side_q, side_k = plan.tile.q, plan.tile.k
   of_dq, of_bias = sums
   k, v, k_turned = (ins[name] for name in ('k', 'v', 'k_turned'))
@@ -452,7 +459,7 @@ def _backward_kernel(
     for ref, dx in zip(scoring.sums, dextras['heads']):
       ref[...] += dx.reshape(ref.shape)
     for ref, dx in zip(own['keys'], dextras['keys']):
-      ref[rows, :] += dx[0, 0]
+      ref[rows, :] += layout.by_lane(dx[0, 0])
     for at, dx in enumerate(dextras['queries']):
       at = pl.ds(at, 1)
       more = dx[0, 0]
@@ -466,7 +473,12 @@ def _backward_kernel(
     now = layout.Standing(plan, come['query'], come['key'], i, j, *kept)
     if masked or (plan.modified and i is not None):
       now.keep_queries()
-    exact = layout.Scoring(rule, come['extras'], rests, own['heads'])
+    extras = Extras(
+      layout.kept(come['extras'].scores, of_scores, fill=False),
+      layout.kept(come['extras'].weights, of_weights, fill=False),
+      come['extras'].bias,
+    )
+    exact = layout.Scoring(rule, extras, rests, own['heads'])
     once = bool(plan.tables and i is not None and not masked)
     scoring = exact.of_one(now, entries) if once else exact
     for columns in layout.cut(side_q, parts.columns):
@@ -486,6 +498,8 @@ def _backward_kernel(
     dv[...] = jnp.zeros_like(dv)
     layout.Standing(plan, None, ins['key'], 0, j, *kept).keep_keys()
 
+  layout.kept(ins['extras'].scores, of_scores)
+  layout.kept(ins['extras'].weights, of_weights)
   for ref in (*own['heads'], *own['keys']):
     ref[...] = jnp.zeros_like(ref)
   if own['queries'] is not None:
@@ -560,7 +574,7 @@ def _backward_kernel(
     x = ref[...]
     out[...] = x if x.shape == out.shape else x.sum(keepdims=True)
   for out, ref in zip(outs['keys'], own['keys']):
-    out[...] = jnp.broadcast_to(ref[...], (side_k, 128)).T[:1]
+    out[...] = ref[...].T.sum(0, keepdims=True)
 
 
 @once('tpu', 'tpu')
@@ -709,10 +723,12 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
               buffer(*((1, n) if n > 1 else (8, layout.LANES)))
               for _, n in like_heads
             ],
-            'keys': [buffer(sides.k, 1) for _ in kinds['keys']],
+            'keys': [buffer(sides.k, layout.LANES) for _ in kinds['keys']],
             'queries': buffer(more, sides.q) if more else None,
           },
           [buffer(*shape, dtype=jnp.int32) for shape in plan.kept],
+          layout.columns_of(laid.scores, sides.k),
+          layout.columns_of(laid.weights, sides.k),
           [(buffer(1, 1), buffer(8, layout.LANES))] * plan.tables,
         ],
       ],

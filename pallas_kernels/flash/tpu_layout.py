@@ -336,8 +336,7 @@ class Standing:
     if self.keys is None:
       keys = self._keys(rows, 1)
     else:
-      wide = lambda x: jnp.concatenate([x] * (columns.size // LANES), 1)
-      keys = [wide(self.keys[f, rows]) for f in fields]
+      keys = [_wide(self.keys[f, rows], columns) for f in fields]
     if self.plan.tokens:
       queries = [self.query[pl.ds(f, 1), columns] for f in fields]
     elif self.queries is None:
@@ -380,12 +379,41 @@ def _sides(standing, rows, columns):
   return jax.tree.map(lambda x: x[None, None], (query.side, key.side))
 
 
+def _wide(x, columns):
+  """'s 128', the same in all lanes, as wide as the columns are."""
+  return jnp.concatenate([x] * (columns.size // LANES), 1)
+
+
+def columns_of(arrays, size):
+  """Buffers for `kept`."""
+  return [
+    pltpu.VMEM((size, LANES), x.dtype) for own in arrays for x in own.keys
+  ]
+
+
+def kept(group, buffers, fill=True):
+  """Operands of which numbers of keys are columns, the same in all lanes.
+
+  As in `Standing` they are made once for all parts of a tile: by the first
+  call, and others have fill=False.
+  """
+  buffers = iter(buffers)
+
+  def own(one):
+    keys = [next(buffers) for _ in one.keys]
+    for ref, x in zip(keys, one.keys if fill else ()):
+      ref[...] = jnp.broadcast_to(_column(x[...]), ref.shape)
+    return one._replace(keys=tuple(keys))
+
+  return tuple(map(own, group))
+
+
 def _own_part(rests, own: Operands, rows, columns) -> Operands:
   """Operands of a part, as a modification of scores reads them."""
   return Operands(
     tuple(ref[...].reshape(1, *rest) for ref, rest in zip(own.heads, rests)),
     tuple(ref[:, columns][None, None] for ref in own.queries),
-    tuple(_column(ref[:, rows])[None, None] for ref in own.keys),
+    tuple(_wide(ref[rows], columns)[None, None] for ref in own.keys),
   )
 
 
@@ -497,7 +525,7 @@ def modified(fn, x, standing, extras: Extras, rows, columns):
       ways = [jnp.full_like(x, at == i) for i, x in enumerate(leaves)]
       along = (tree.unflatten(leaves),), (tree.unflatten(ways),)
       _, slope = jax.jvp(functools.partial(call, x), *along)
-      sums.append(_left(dy * slope[0, 0]))
+      sums.append(by_lane(folded(jnp.sum, dy * slope[0, 0])))
     return dx[0, 0], with_floats(dextras, tree.unflatten(sums))
 
   return y[0, 0], gradient
@@ -513,9 +541,8 @@ def _of_heads(values: Extras) -> Extras:
   return Extras(scores, weights)
 
 
-def _left(x):
-  """'s t' to '8 128': the sum as far as no lane meets another."""
-  x = folded(jnp.sum, x)
+def by_lane(x):
+  """'s t' to 's 128': the sum as far as no lane meets another."""
   return sum(x[:, at : at + LANES] for at in range(0, x.shape[1], LANES))
 
 
