@@ -39,7 +39,10 @@ MXU, VALU, FILL, SPILL = 0, 2, 6, 8  # columns of the table of units
 # v5p, of 128 x 128, take a row each, which is the chips' peak.
 HOLD = {'v5e': 16, 'v5p': 16}
 # What else ours may be asked for, in the chosen tiles: see `_asked`.
-FEATURES = ('window and sinks', 'documents', 'soft cap', 'ALiBi', 'dropout')
+FEATURES = (
+  *('window and sinks', 'documents', 'soft cap', 'ALiBi', 'T5 buckets'),
+  *('forget gates', 'dropout'),
+)
 KERNELS = {  # what they are called, and in the names of the compiler's files
   ('ours', 'forward'): 'flash_forward',
   ('ours', 'backward'): 'flash_backward',
@@ -241,7 +244,7 @@ def _asked(feature: str, heads: int):
 
   from pallas_kernels.dropout import Dropout
   from pallas_kernels.masks import Causal, Sinks, Window
-  from pallas_kernels.scores import Score, Slopes
+  from pallas_kernels.scores import Buckets, Difference, Score, Slopes
 
   more = {
     'window and sinks': lambda: {
@@ -252,6 +255,16 @@ def _asked(feature: str, heads: int):
     },
     'soft cap': lambda: {'softcap': 30.0},
     'ALiBi': lambda: {'score': Score(Slopes(), (jnp.ones(heads),))},
+    'T5 buckets': lambda: {
+      'score': Score(Buckets(128, causal=True), (jnp.ones((heads, 32)),))
+    },
+    'forget gates': lambda: {
+      'score': Score(
+        Difference(),
+        queries=(gates := jnp.ones((1, LENGTH, heads)),),
+        keys=(gates,),
+      )
+    },
     'dropout': lambda: {'dropout': Dropout(0.1, seed=3)},
   }
   return lambda: {'mask': Causal()} | more.get(feature, dict)()
@@ -406,7 +419,8 @@ def static(args: argparse.Namespace) -> list[str]:
     features.append(
       [
         *(chip, direction, f'{q} x {k}', feature, f'{one.step:,}'),
-        *(f'{one.step / plain.step:.2f}', f'{one.vector:.0%}'),
+        f'{one.step / plain.step:.2f}',
+        *(f'{one.masked or 0:,}', f'{one.vector:.0%}'),
         *(f'{one.spills:,}', f'{one.masked_spills or 0:,}'),
       ]
     )
@@ -434,14 +448,18 @@ def static(args: argparse.Namespace) -> list[str]:
     markdown(head, rows),
     '## With more than a causal mask',
     f'Ours, in the chosen tiles, {WIDTH} wide: a window of {LENGTH // 8:,} keys'
-    ' and 4 first ones, 4 documents, a soft cap, ALiBi, and dropout; bundles of'
+    ' and 4 first ones, 4 documents, a soft cap, ALiBi, a T5 bias of 32 buckets'
+    ' up to a distance of 128, the sums of forget gates, and dropout; bundles of'
     ' a step, those over what a step takes under a causal mask alone, and the'
     ' share of the slots for arithmetic on vectors that it fills: what fills'
-    ' them can be no shorter, whatever it spills.',
+    ' them can be no shorter, whatever it spills. In a step whose tokens are'
+    ' further apart than the buckets tell, the table is read once; tiles that'
+    ' are nearer have the program of those with a mask.',
     markdown(
       [
         *('chip', 'direction', 'queries x keys', 'with', 'step'),
-        *('step over causal', 'VALU slots', 'spills', 'spills masked'),
+        *('step over causal', 'tile masked', 'VALU slots'),
+        *('spills', 'spills masked'),
       ],
       features,
     ),
