@@ -449,7 +449,7 @@ def static(args: argparse.Namespace) -> list[str]:
     '## With more than a causal mask',
     f'Ours, in the chosen tiles, {WIDTH} wide: a window of {LENGTH // 8:,} keys'
     ' and 4 first ones, 4 documents, a soft cap, ALiBi, a T5 bias of 32 buckets'
-    ' up to a distance of 128, the sums of forget gates, and dropout; bundles of'
+    ' up to a distance of 128, sums of forget gates, and dropout; bundles of'
     ' a step, those over what a step takes under a causal mask alone, and the'
     ' share of the slots for arithmetic on vectors that it fills: what fills'
     ' them can be no shorter, whatever it spills. In a step whose tokens are'
