@@ -91,12 +91,19 @@ def refuses(
   if why := _uses(name, traced.jaxpr, of_tile, lacks):
     return why
 
-  def gradient(x, *rest):  # which a kernel makes of its elements, too
-    y, back = jax.vjp(lambda x: whole(rest[0], x, *rest[1:]), x)
+  def gradient(*inputs):  # which a kernel makes of its elements, too
+    leaves, tree = jax.tree.flatten(inputs)
+    inexact = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+
+    def call(*values):
+      values = iter(values)
+      own = [next(values) if is_ else x for x, is_ in zip(leaves, inexact)]
+      return whole(*tree.unflatten(own))
+
+    y, back = jax.vjp(call, *(x for x, is_ in zip(leaves, inexact) if is_))
     return back(y)
 
-  x, *rest = tile
-  back = jax.make_jaxpr(gradient)(x, heads, *rest).jaxpr
+  back = jax.make_jaxpr(gradient)(heads, *tile).jaxpr
   used = set()
   _walk(back, [True] * len(back.invars), set(), used)
   return _unknown(f'the derivative of {name}', used, lacks)

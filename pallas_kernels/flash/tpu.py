@@ -107,7 +107,7 @@ def attend(rule, q, k, v, extras, query, key):
 
 
 def _forward_kernel(
-  rule, plan, blocks, rests, table, ins, outs, ringed, scratch
+  rule, plan, blocks, likes, table, ins, outs, ringed, scratch
 ):
   b, h, i = (pl.program_id(axis) for axis in range(3))
   runs = plan.runs(table, b, i, True)
@@ -145,7 +145,7 @@ def _forward_kernel(
       sums = more if sums is None else sums + more
       if rule.weights:
         part = Extras(weights=weights)
-        part = layout.part_of(Extras((), rests.weights), part, rows, columns)
+        part = layout.part_of(Extras((), likes.weights), part, rows, columns)
         p, _ = layout.modified(rule.weighed, p, at, part, rows, columns)
       p_buffer[rows, columns] = p.astype(p_buffer.dtype)
       yield
@@ -202,7 +202,7 @@ def _forward_kernel(
       parts = plan.tile.masked if masked else plan.tile.clear
       scores = layout.kept(own['extras'].scores, of_scores)
       extras = Extras(scores, bias=own['extras'].bias)
-      scoring = layout.Scoring(rule, extras, rests._replace(weights=()))
+      scoring = layout.Scoring(rule, extras, likes._replace(weights=()))
       if plan.tables and not masked:
         scoring = scoring.of_one(at, entries)
       now = dict(own=own, at=at, scoring=scoring, masked=masked)
@@ -319,7 +319,7 @@ def _forward(rule, q, k, v, extras, query, key):
   one = buffer(8, sides.q)
   outs = pl.pallas_call(
     functools.partial(
-      _forward_kernel, rule, plan, blocks, layout.rests(extras)
+      _forward_kernel, rule, plan, blocks, layout.likes(extras)
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
@@ -369,7 +369,7 @@ RING = 4  # blocks of dq on their way: read, added to, and two written
 
 
 def _backward_kernel(
-  rule, plan, blocks, sums, rests, table, totals, ins, outs, ringed, scratch
+  rule, plan, blocks, sums, likes, table, totals, ins, outs, ringed, scratch
 ):
   b, head, j, g = (pl.program_id(axis) for axis in range(4))
   h = head * plan.group + g
@@ -471,14 +471,14 @@ def _backward_kernel(
     """dq, dk and dv of tile n - 1, if `add`, and, if i, weights of tile n."""
     come, before = feed.at(n), feed.at(n - 1)
     now = layout.Standing(plan, come['query'], come['key'], i, j, *kept)
-    if masked or (plan.modified and i is not None):
+    if i is not None and (masked or plan.modified or rule.weights):
       now.keep_queries()
     extras = Extras(
       layout.kept(come['extras'].scores, of_scores, fill=False),
       layout.kept(come['extras'].weights, of_weights, fill=False),
       come['extras'].bias,
     )
-    exact = layout.Scoring(rule, extras, rests, own['heads'])
+    exact = layout.Scoring(rule, extras, likes, own['heads'])
     once = bool(plan.tables and i is not None and not masked)
     scoring = exact.of_one(now, entries) if once else exact
     for columns in layout.cut(side_q, parts.columns):
@@ -680,7 +680,7 @@ def _backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: 
   buffer = lambda *shape, dtype=f32: pltpu.VMEM(shape, dtype)
   outs = pl.pallas_call(
     functools.partial(
-      _backward_kernel, rule, plan, blocks, sums, layout.rests(extras)
+      _backward_kernel, rule, plan, blocks, sums, layout.likes(extras)
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,

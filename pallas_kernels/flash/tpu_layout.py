@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import masks, runs
+from pallas_kernels import elementwise, masks, runs
 from pallas_kernels.blocks import LANES, Tile, tile
 from pallas_kernels.flash.tpu_feed import Block
 from pallas_kernels.masks import Everything, Side, Tokens
@@ -222,21 +222,32 @@ def lay_tokens(plan, tokens: Tokens, length):
 def lay_operands(plan, own: Operands) -> Operands:
   """'h 1 n', 'b h 1 t' and 'b h 1 s'."""
 
+  def of_heads(x):
+    return _copied(x).reshape(len(x), 1, -1)
+
   def per_token(x, length):
     # Filled up with what occurs: a score may divide by it.
-    return filled(jnp.swapaxes(x, 1, 2), 2, length, last=True)[:, :, None]
+    x = _copied(jnp.swapaxes(x, 1, 2))
+    return filled(x, 2, length, last=True)[:, :, None]
 
   return Operands(
-    tuple(x.reshape(len(x), 1, -1) for x in own.heads),
+    tuple(map(of_heads, own.heads)),
     tuple(per_token(x, plan.long_q) for x in own.queries),
     tuple(per_token(x, plan.long_k) for x in own.keys),
   )
 
 
+def _copied(x):
+  """In a type that the copies of a kernel know: of bool they do not."""
+  return x.astype(jnp.int32) if x.dtype == bool else x
+
+
 def lay_bias(plan, bias):
-  """'b h s t', padded."""
+  """'b h s t', padded, in a type that a TPU loads."""
   if bias is None:
     return None
+  known = bias.dtype in (jnp.bfloat16, jnp.float32)
+  bias = bias if known else bias.astype(jnp.float32)
   return filled(filled(bias.mT, 3, plan.long_q), 2, plan.long_k)
 
 
@@ -408,33 +419,45 @@ def kept(group, buffers, fill=True):
   return tuple(map(own, group))
 
 
-def _own_part(rests, own: Operands, rows, columns) -> Operands:
+def _own_part(like: Operands, own: Operands, rows, columns) -> Operands:
   """Operands of a part, as a modification of scores reads them."""
+  parts = (
+    lambda ref, x: ref[...].reshape(1, *x.shape),
+    lambda ref, x: ref[:, columns][None, None],
+    lambda ref, x: _wide(ref[rows], columns)[None, None],
+  )
+
+  def read(part, ref, x):
+    y = part(ref, x)
+    return y != 0 if x.dtype == bool else y
+
   return Operands(
-    tuple(ref[...].reshape(1, *rest) for ref, rest in zip(own.heads, rests)),
-    tuple(ref[:, columns][None, None] for ref in own.queries),
-    tuple(_wide(ref[rows], columns)[None, None] for ref in own.keys),
+    *(
+      tuple(read(part, ref, x) for ref, x in zip(refs, xs))
+      for part, refs, xs in zip(parts, own, like)
+    )
   )
 
 
-def part_of(rests: Extras, extras: Extras, rows, columns) -> Extras:
-  """Extras of a part; rests are the shapes behind 'h' of operands of heads."""
-  own = lambda group, rests: tuple(
-    _own_part(rest, one, rows, columns) for one, rest in zip(group, rests)
+def part_of(like: Extras, extras: Extras, rows, columns) -> Extras:
+  """Extras of a part; see `likes`."""
+  own = lambda group, like: tuple(
+    _own_part(x, one, rows, columns) for x, one in zip(like, group)
   )
   bias = extras.bias
   return Extras(
-    own(extras.scores, rests.scores),
-    own(extras.weights, rests.weights),
+    own(extras.scores, like.scores),
+    own(extras.weights, like.weights),
     None if bias is None else bias[rows, columns][None, None],
   )
 
 
-def rests(extras: Extras) -> Extras:
-  own = lambda group: tuple(
-    tuple(x.shape[1:] for x in one.heads) for one in group
+def likes(extras: Extras) -> Extras:
+  """What a kernel has to know of operands: types, and shapes behind 'h'."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+    extras._replace(bias=None),
   )
-  return Extras(own(extras.scores), own(extras.weights))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,17 +465,17 @@ class Scoring:
   """How scores of a tile are made: each pair by its own, or all by one entry.
 
   Attributes:
-    rule, extras, rests: as of the kernel, without what is for weights.
+    rule, extras, like: as of the kernel, without what is for weights.
     sums: of backward, where gradients of numbers of heads are added up.
   """
 
   rule: Rule
   extras: Extras
-  rests: Extras
+  like: Extras
   sums: Any = None
 
   def part(self, rows, columns) -> Extras:
-    return part_of(self.rests, self.extras, rows, columns)
+    return part_of(self.like, self.extras, rows, columns)
 
   def of_one(self, at: Standing, entries) -> 'Scoring':
     """The same for a tile of which all pairs read the same of each table.
@@ -460,19 +483,20 @@ class Scoring:
     entries are buffers '1 1' of what is read, and where their gradients go.
     """
     rule = self.rule
-    scores, rests = list(self.extras.scores), list(self.rests.scores)
+    scores, like = list(self.extras.scores), list(self.like.scores)
     sums = None if self.sums is None else list(self.sums)
     for place, (entry, total) in zip(rule.tables, entries):
       entry[...] = _entry(rule.scores[place], at, self._table(place))
       scores[place] = scores[place]._replace(heads=(entry,))
-      rests[place] = ((),)
+      number = jax.ShapeDtypeStruct((), jnp.float32)
+      like[place] = like[place]._replace(heads=(number,))
       if sums is not None:
         total[...] = jnp.zeros_like(total)
         sums[self._sum(place)] = total
     return Scoring(
       rule.of_one(),
       self.extras._replace(scores=tuple(scores)),
-      self.rests._replace(scores=tuple(rests)),
+      self.like._replace(scores=tuple(like)),
       sums,
     )
 
@@ -509,17 +533,22 @@ def modified(fn, x, standing, extras: Extras, rows, columns):
   query, key = _sides(standing, rows, columns)
   x, values = x[None, None], floats(extras)
   alone = jax.tree.map(lambda x: x if x.size == 1 else None, _of_heads(values))
+  leaves, tree = jax.tree.flatten(alone)
+  call = lambda x, values: fn(x, query, key, with_floats(extras, values))
+  forward = _has_jvp(functools.partial(call, x), alone)
   rest = jax.tree.map(
-    lambda x, alone: None if alone is not None else x,
+    lambda x, alone: None if forward and alone is not None else x,
     *(values, alone),
     is_leaf=lambda x: x is None,
   )
-  call = lambda x, values: fn(x, query, key, with_floats(extras, values))
   y, back = jax.vjp(call, x, rest)
 
   def gradient(dy):
     dx, dextras = back(dy[None, None])
-    leaves, tree = jax.tree.flatten(alone)
+    if not forward:
+      own = lambda one, dx: dx if one is None else _put(dx)
+      is_none = lambda x: x is None
+      return dx[0, 0], jax.tree.map(own, alone, dextras, is_leaf=is_none)
     sums = []
     for at in range(len(leaves)):
       ways = [jnp.full_like(x, at == i) for i, x in enumerate(leaves)]
@@ -539,6 +568,26 @@ def _of_heads(values: Extras) -> Extras:
     tuple(map(own, group)) for group in (values.scores, values.weights)
   )
   return Extras(scores, weights)
+
+
+def _has_jvp(call, values):
+  """Whether JAX differentiates it forward, as it does not a custom_vjp."""
+
+  def calls(jaxpr):
+    for equation in jaxpr.eqns:
+      function = elementwise.inner(equation)
+      yield equation.primitive.name
+      if function is not None:
+        yield from calls(getattr(function, 'jaxpr', function))
+
+  found = set(calls(jax.make_jaxpr(call)(values).jaxpr))
+  return not any(name.startswith('custom_vjp') for name in found)
+
+
+def _put(x):
+  """One number as '8 128' that sum to it."""
+  at = [lax.broadcasted_iota(jnp.int32, (8, LANES), axis) for axis in (0, 1)]
+  return jnp.where((at[0] == 0) & (at[1] == 0), x.reshape(1, 1), 0)
 
 
 def by_lane(x):
