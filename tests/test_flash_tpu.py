@@ -415,7 +415,8 @@ def test_rows_that_see_nothing():
   assert (fast['lse'][:, blind] == -np.inf).all()
 
 
-def test_dropout_is_that_of_plain():
+@pytest.mark.parametrize('mode', [('eager', 0), ('on_wait', 1)])
+def test_dropout_is_that_of_plain(mode, capfd):
   """Over rows of four tiles: its numbers of keys are those of a tile before."""
   q, k, v, w, _ = (jnp.asarray(x, jnp.float32) for x in draw(s=400))
 
@@ -431,7 +432,8 @@ def test_dropout_is_that_of_plain():
 
     return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
-  fast = interpreted(lambda: both(tpu.attend))
+  fast = interpreted(lambda: both(tpu.attend), *mode)
+  assert complaints(capfd) == []
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5),
     *(fast, both(plain.attend)),
