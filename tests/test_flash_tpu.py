@@ -24,7 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import blocks, elementwise, flash, masks
 from pallas_kernels.blocks import Blocks
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.flash import apart, plain, tpu
+from pallas_kernels.flash import apart, plain, tpu, tpu_forward
 from pallas_kernels.flash import tpu_layout as layout
 from pallas_kernels.masks import Causal, Everything, Mask, Sinks, Window
 from pallas_kernels.problem import problem
@@ -386,12 +386,12 @@ def test_exact_in_parts(chip, numbers, capfd):
 
 def test_weights_that_are_replaced_too_early_are_noticed(monkeypatch):
   """A mutant: of each part first come new scores, and old weights last."""
-  in_turn = tpu.itertools.zip_longest
+  in_turn = tpu_forward.itertools.zip_longest
   late = types.SimpleNamespace(
     zip_longest=lambda *stages: in_turn(*reversed(stages)),
-    repeat=tpu.itertools.repeat,
+    repeat=tpu_forward.itertools.repeat,
   )
-  monkeypatch.setattr(tpu, 'itertools', late)
+  monkeypatch.setattr(tpu_forward, 'itertools', late)
   assert 'o' in ' '.join(in_parts('TPU v5 lite'))
 
 
@@ -570,7 +570,7 @@ def test_interpreter_notices_a_missing_wait(monkeypatch, capfd):
 
   real = pltpu.make_async_copy
   monkeypatch.setattr(
-    tpu.pltpu, 'make_async_copy', lambda *ends: Hasty(real(*ends))
+    pltpu, 'make_async_copy', lambda *ends: Hasty(real(*ends))
   )
   arrays, given, numbers = CASES['causal']
   try:
