@@ -134,10 +134,8 @@ def kernel(rule, plan, blocks, likes, table, ins, outs, ringed, scratch):
       pl.when(needs_mask)(lambda: visit(True, *others))
       pl.when(~needs_mask)(lambda: visit(False, *others))
 
-    @pl.when(~steady)
-    def _():
-      pl.when(n == 1)(lambda: stages(plan.tile.clear, others[1]))
-      visit(plan.mask)
+    pl.when(n == 1)(lambda: visit(plan.mask, others[1]))
+    pl.when(n == 0)(lambda: visit(plan.mask))
 
     return j, after
 
@@ -150,13 +148,15 @@ def kernel(rule, plan, blocks, likes, table, ins, outs, ringed, scratch):
     pl.when(following.total > 0)(lambda: feed.start(total, where))
     begin[0] = begin[0] + total
 
+  # The stages of the last tiles, which no other comes to follow.
+  weigh_last = functools.partial(weigh, n=total - 1, j=last)
+  add_last, add_before = (
+    functools.partial(add, n=total - back) for back in (1, 2)
+  )
   end = functools.partial(stages, plan.tile.clear)
-  pl.when(total >= 2)(lambda: end(functools.partial(add, n=total - 2)))
-
-  @pl.when(total >= 1)
-  def _():
-    end(functools.partial(weigh, n=total - 1, j=last))
-    end(functools.partial(add, n=total - 1))
+  pl.when(total == 1)(lambda: end(weigh_last))
+  pl.when(total >= 2)(lambda: end(add_before, weigh_last))
+  pl.when(total >= 1)(lambda: end(add_last))
 
   seen = l[row, :] > 0
   share = 1 / jnp.where(seen, l[row, :], 1)

@@ -186,7 +186,7 @@ class Scoring:
   """How scores of a tile are made: each pair by its own, or all by one entry.
 
   Attributes:
-    rule, extras, like: as of the kernel, without what is for weights.
+    rule, extras, like: as of the kernel.
     sums: of backward, where gradients of numbers of heads are added up.
   """
 
