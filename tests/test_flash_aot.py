@@ -2,11 +2,11 @@
 
   pip install '.[test,aot]' && pytest -m aot -n0 tests/test_flash_aot.py
 
-Forward and backward go through the compilers of five generations: what passes
-fits in VMEM and HBM there. With JAXATTN_AOT=1 a missing compiler is a failure.
+Forward and backward go through the compilers of five generations, in 30 cells:
+what passes fits in VMEM and HBM there. With JAXATTN_AOT=1 a missing compiler is
+a failure.
 """
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -55,19 +55,17 @@ def test_head_sizes(chip, d, dtype):
   compiled(chip, 4096, d=d, dtype=dtype, blocks=None)
 
 
-@pytest.mark.parametrize('chip', ['v5e', 'v5p'])
-def test_a_million_tokens(chip):
+def test_a_million_tokens():
   """Memory is a few copies of the inputs: nothing of t x s."""
   t = 2**20
-  memory = compiled(chip, t, h=1, blocks=None).memory_analysis()
+  memory = compiled('v5e', t, h=1, blocks=None).memory_analysis()
   assert memory.temp_size_in_bytes < 8 * (t * 128 * 2)
 
 
-@pytest.mark.parametrize('k', [1, 16])
-def test_the_gradient_of_a_shared_bias_is_as_large_as_the_bias(k):
+def test_the_gradient_of_a_shared_bias_is_as_large_as_the_bias():
   """Of 2 rows and 16 heads, each of which would have one of its own."""
   t, own = 2048, 2048 * 2048 * 4
-  program = compiled('v5p', t, b=2, h=16, k=k, bias=(1, 1))
+  program = compiled('v5p', t, b=2, h=16, bias=(1, 1))
   assert program.memory_analysis().temp_size_in_bytes < 16 * own
 
 
@@ -78,13 +76,7 @@ def test_features(feature):
   compiled(list(chips.TOPOLOGIES)[place], **FEATURES[feature])
 
 
-def test_what_does_not_fit_is_refused():
-  with pytest.raises(jax.errors.JaxRuntimeError, match='memory on HBM'):
-    compiled('v5e', 2**19, h=64, k=64, blocks=Blocks(512, 512))
-
-
-def test_the_page_says_what_fits_and_where_not():
-  assert verdict('v5e').startswith('fits')
+def test_the_page_says_where_it_does_not_fit():
   more = {'h': 64, 'k': 64, 'blocks': Blocks(512, 512)}
   assert verdict('v5e', t=2**19, **more) == '**not in HBM**'
   # One tile of all queries, of which v4's 16 MiB hold no buffers.
