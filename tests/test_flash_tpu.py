@@ -187,7 +187,6 @@ def seen(mask, t, s, given):
 
 def formula(q, k, v, numbers, mask=None, softcap=None, score=None, **given):
   """o and lse."""
-  factor = given.pop('factor', None)
   t, s, h = q.shape[1], k.shape[1], q.shape[2]
   k, v = (jnp.repeat(x, h // x.shape[2], axis=2) for x in (k, v))
   x = jnp.einsum('bthd,bshd->bhts', q, k) / np.sqrt(q.shape[3])
@@ -212,7 +211,7 @@ def formula(q, k, v, numbers, mask=None, softcap=None, score=None, **given):
   m = jax.lax.stop_gradient(jnp.max(x, -1, keepdims=True))
   p = jnp.where(visible, jnp.exp(x - jnp.where(m == -jnp.inf, 0, m)), 0)
   total = p.sum(-1, keepdims=True)
-  if factor is not None:  # of tokens in order
+  if isinstance(given.get('factor'), RelativeFactor):  # of tokens in order
     far = np.arange(t)[:, None] - np.arange(s)
     p = p * numbers['heads'][0][:, np.clip(far + 4, 0, 32)]
   o = jnp.einsum('bhts,bshe->bthe', p / jnp.where(total == 0, 1, total), v)
