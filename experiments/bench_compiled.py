@@ -197,7 +197,7 @@ def page(args: argparse.Namespace) -> list[str]:
     '# Attention, compiled for five TPUs',
     f'Forward and backward in one program, compiled by libtpu {libtpu}; '
     'nothing is run. Cells say whether it fits into VMEM and HBM, and how much '
-    'of HBM temporaries take, if any: v4, v5e and v6e keep those of short rows '
+    'of HBM temporaries take: v4, v5e and v6e keep some of those of short rows '
     'in VMEM. Where a row says nothing else it is causal, in '
     'bfloat16, 1,024 tokens, two heads on one key head, 128 wide, in small '
     'blocks; widths and lengths are in the blocks that are chosen.',
