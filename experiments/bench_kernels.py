@@ -56,7 +56,7 @@ KERNELS = {  # what they are called, and in the names of the compiler's files
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The steady state of a kernel: a step of its grid that computes a tile.
+  """The steady state of a kernel: a step of a loop that computes a tile.
 
   Attributes:
     tile: bundles of the part with the matrix products.
@@ -431,8 +431,10 @@ def static(args: argparse.Namespace) -> list[str]:
     f'nothing is run. There are {HEADS} heads of width {WIDTH}, in several '
     'tiles with the chosen ones among them, and fewer that are wider, or more '
     'that are narrower, in the chosen ones.',
-    'A tile is the part of a grid step that computes one; a step is that and '
-    'what every step does besides, such as starting copies. Ours computes '
+    'A tile is the part of a step that computes one; a step is that and what '
+    'every step does besides, such as starting copies: of the grid, or of our '
+    'loop over the tiles of a row. What a row begins and ends with is in '
+    'neither. Ours computes '
     'tiles that lie wholly under the diagonal without a mask, and the others '
     'by a program of their own ("masked"); splash masks all. Splash saves '
     f'residuals forward, computes {PART} keys at a time, and its backward is '
