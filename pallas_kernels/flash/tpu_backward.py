@@ -246,11 +246,7 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
     jnp.pad(1 / jnp.where(unseen, 1, l), rest),
     jnp.pad(delta, rest),
   ]
-  laid = Extras(
-    tuple(layout.lay_operands(plan, one) for one in extras.scores),
-    tuple(layout.lay_operands(plan, one) for one in extras.weights),
-    layout.lay_bias(plan, extras.bias),
-  )
+  laid = layout.lay_extras(plan, extras)
   # Padding is filled up with what occurs, and nobody sees it: its scores then
   # have a derivative as others have.
   ins = {

@@ -170,11 +170,7 @@ def forward(rule, q, k, v, extras, query, key):
   plan = layout.make(rule, q, k, v, extras, query, key, 'forward')
   sides = plan.tile
   table = plan.table(rule, extras, query, key, True)
-  laid = Extras(
-    tuple(layout.lay_operands(plan, one) for one in extras.scores),
-    tuple(layout.lay_operands(plan, one) for one in extras.weights),
-    layout.lay_bias(plan, extras.bias),
-  )
+  laid = layout.lay_extras(plan, extras)
   ins = {
     'q': layout.rows_first(
       layout.scaled(q, rule.scale * plan.unit), plan.long_q, last=True

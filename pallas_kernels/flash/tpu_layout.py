@@ -251,6 +251,12 @@ def lay_bias(plan, bias):
   return filled(filled(bias.mT, 3, plan.long_q), 2, plan.long_k)
 
 
+def lay_extras(plan, extras: Extras) -> Extras:
+  own = lambda group: tuple(lay_operands(plan, one) for one in group)
+  bias = lay_bias(plan, extras.bias)
+  return Extras(own(extras.scores), own(extras.weights), bias)
+
+
 def pick(x, *index):
   """An index of a block of x: 0 along axes that are shared."""
   return tuple(0 if n == 1 else i for n, i in zip(x.shape, index))
