@@ -84,9 +84,9 @@ class Runs:
   def total(self):
     return self._field(TOTAL)
 
-  def tile(self, n, lag=0):
-    """Where the (n - lag)-th tile lies, or the nearest one that there is."""
-    n = jnp.minimum(jnp.maximum(n - lag, 0) if lag else n, self._field(LAST))
+  def tile(self, n):
+    """Where the n-th tile lies, or the last one."""
+    n = jnp.minimum(n, self._field(LAST))
     return n + jnp.where(
       n < self._field(COUNT), self._field(FIRST), self._field(JUMP)
     )

@@ -45,6 +45,29 @@ def test_steady():
   )
 
 
+# The same in a loop over rows, which begins and ends each; no branch tells.
+NESTED = (
+  PROGRAM.replace(': >', ': >>')
+  .replace(
+    '     0   :  { %s1 = smov 0 } /* Start region 1 */\n',
+    '     0   :  { %s1 = smov 0 } /* Start region 1 */\n'
+    '     0 LB: > { %s0 = sadd.s32 1, %s0 }\n     0   : > { %s9 = smov 0 }\n',
+  )
+  .replace('   0xc   :  {', '   0xb   : > { %s8 = smov 0 }\n   0xc   :  {')
+)
+
+
+def test_a_step_is_of_the_loop_over_tiles():
+  """What the loop around it does once a row is no part of it."""
+  steps = []
+  for program, shift in ((PROGRAM, 0), (NESTED, 2)):
+    bundles = bench_kernels.lines(program)
+    units = [[2 * (at - shift in WORK)] + [0] * 9 for at in range(len(bundles))]
+    steps.append(bench_kernels.steady(bundles, units, CAPACITY))
+  assert len(bundles) == 16
+  assert steps[0] == steps[1]
+
+
 def test_bundles_wait_for_the_matrix_units_that_they_use():
   both = '{ %1 = vmatmul.mxu0 %v1 ;; %2 = vmatmul.bf16.gmra.mxu1 %v2 }'
   program = [both, '{ %3 = vadd.f32 %v3 }', '{ %4 = vmatmul.f32.mxu1 %v4 }']

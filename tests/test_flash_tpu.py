@@ -27,7 +27,7 @@ from pallas_kernels.dropout import Dropout
 from pallas_kernels.flash import apart, plain, tpu, tpu_forward
 from pallas_kernels.flash import tpu_layout as layout
 from pallas_kernels.masks import Causal, Everything, Mask, Sinks, Window
-from pallas_kernels.problem import problem
+from pallas_kernels.problem import Operands, problem
 from pallas_kernels.scores import (
   Buckets,
   Difference,
@@ -105,6 +105,11 @@ CASES = {
     draw(t=640, s=640),
     {'mask': Causal(), 'score': Relative(4), 'query_order': np.arange(640)},
     {'heads': (number(2, 33),)},
+  ),
+  'a table of one': (
+    draw(),
+    {'mask': Causal(), 'score': Relative(), **LATER},
+    {'heads': (number(2, 1),)},
   ),
   'far on both sides': (
     draw(t=500, s=620),
@@ -196,7 +201,9 @@ def formula(q, k, v, numbers, mask=None, softcap=None, score=None, **given):
     x = x - numbers['heads'][0][:, None, None] * np.abs(far)
   if isinstance(score, Relative):
     far = given['query_order'][:, None] - np.arange(s)
-    x = x + numbers['heads'][0][:, np.clip(far + 4, 0, 32)]
+    (table,) = numbers['heads']
+    last = table.shape[1] - 1
+    x = x + table[:, np.clip(far + score.ahead, 0, last)]
   if isinstance(score, Buckets):
     far = given['query_order'][:, None] - np.arange(s)
     x = x + numbers['heads'][0][:, bucket(far, 16, 24, False)]
@@ -693,6 +700,26 @@ def test_refuses():
   assert 'nothing' in reason(q=q[:, :0])
   many = Score(_all_of, queries=(jnp.zeros((1, 200, 1)),) * 9)
   assert 'at most 8 numbers, not 9' in reason(score=many)
+
+
+def test_refuses_what_the_derivative_by_an_operand_lacks():
+  """Of a number of each head; the function itself has a rule."""
+  fn = lambda x, query, key, a: x + jnp.sin(a)[:, None, None]
+  tokens = masks.Tokens(masks.Side(jnp.arange(8)))
+  own = Operands((jnp.ones(2),))
+  refuses = functools.partial(elementwise.refuses, fn, own, tokens, tokens)
+  assert refuses(lacks={'tan'}) is None
+  assert 'the derivative of <lambda> uses cos' in refuses(lacks={'cos'})
+
+
+def test_a_bias_in_16_bits_is_laid_out_as_one_that_a_tpu_loads():
+  for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+    q, bias = jnp.zeros((1, 128, 1, 32)), jnp.ones((1, 1, 128, 128), dtype)
+    given = {'mask': Everything(), 'query': (None,) * 3, 'key': (None,) * 3}
+    rule, extras, query, key = problem(q, q, q, bias=bias, **given)
+    plan = layout.make(rule, q, q, q, extras, query, key, 'forward')
+    laid = layout.lay_bias(plan, extras.bias)
+    assert laid.dtype == (jnp.float32 if dtype == jnp.float16 else dtype)
 
 
 def test_what_is_not_refused_has_a_rule():

@@ -20,6 +20,13 @@ RING = 4  # blocks of dq on their way: read, added to, and two written
 def kernel(
   rule, plan, blocks, sums, likes, table, totals, ins, outs, ringed, scratch
 ):
+  """A row of tiles: block j of keys, and the queries of a head that see them.
+
+  Args:
+    rule, plan, blocks, likes, table, ins, outs, ringed, scratch: as forward.
+    sums: which blocks of the sums of dq, and of a bias's gradient, a tile adds.
+    totals: these sums, which are among the results.
+  """
   b, head, j, g = (pl.program_id(axis) for axis in range(4))
   h = head * plan.group + g
   runs = plan.runs(table, b, j, False)
@@ -271,9 +278,6 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
     lambda b, h, i, j: (b, head(h), j, 0),
   )
   tokens = layout.token_blocks(plan, 'queries')
-  operands = lambda group: tuple(
-    layout.operand_blocks(plan, one, 'queries') for one in group
-  )
   blocks = {
     'q': Block(of_q, queries, flows=True, lag=1),
     'do': Block(of_do, queries, flows=True, lag=1),
@@ -287,11 +291,7 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
     'v': Block(of_v, keys),
     'query': tokens[0],
     'key': tokens[1],
-    'extras': Extras(
-      operands(laid.scores),
-      operands(laid.weights),
-      None if laid.bias is None else layout.bias_block(plan, laid.bias),
-    ),
+    'extras': layout.extras_blocks(plan, laid, 'queries'),
   }
   place = lambda b, head, j, g, table: (b, head * plan.group + g, 0, j)
   spec = lambda shape, index: Block(shape, index).spec(place)
@@ -311,7 +311,7 @@ def backward(rule, q, k, v, extras, query, key, o, m, l, do, dm, dl):  # noqa: E
   )
   sums = (
     Block((None, None, rows_dq, sides.q), lambda b, h, i, j: (b, h, 0, i)),
-    None if laid.bias is None else layout.bias_block(plan, totals[1]),
+    layout.bias_block(plan, totals[1]),
   )
   far = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.HBM), totals)
   buffer = lambda *shape, dtype=f32: pltpu.VMEM(shape, dtype)

@@ -6,9 +6,9 @@ each tile has of its own comes by copies that are started one tile ahead, into a
 ring of buffers, in which stages that lag behind find it still.
 
 With a step of the grid for each tile there would be less to write. But the
-grid asks of each operand at each step whether its block is another, which took
-300 bundles; it would copy once more what is read by two stages; and it would
-have steps for tiles that a row does not have.
+grid asks of each operand at each step whether its block is another, which takes
+time; it would copy once more what is read by two stages; and it would have
+steps for tiles that a row does not have.
 """
 
 import dataclasses

@@ -19,6 +19,15 @@ LOWEST = -0.7 * float(np.finfo(np.float32).max)  # below every score, but finite
 
 
 def kernel(rule, plan, blocks, likes, table, ins, outs, ringed, scratch):
+  """A row of tiles: block i of queries, and the keys that it sees.
+
+  Args:
+    rule, plan: see `problem.Rule` and `layout.Plan`.
+    blocks, ins, ringed: see `Feed`.
+    likes: see `tpu_scores.likes`.
+    table: see `runs.table`.
+    outs, scratch: refs, as in the call.
+  """
   b, h, i = (pl.program_id(axis) for axis in range(3))
   runs = plan.runs(table, b, i, True)
   total = runs.total
@@ -183,9 +192,6 @@ def forward(rule, q, k, v, extras, query, key):
   }
   of_weights = 1 if rule.weights else 0
   tokens = layout.token_blocks(plan, 'keys', of_weights)
-  operands = lambda group, lag: tuple(
-    layout.operand_blocks(plan, one, 'keys', lag) for one in group
-  )
   head = plan.head
   blocks = {
     'q': Block((None, None, sides.q, plan.d), lambda b, h, i, j: (b, h, i, 0)),
@@ -200,11 +206,7 @@ def forward(rule, q, k, v, extras, query, key):
     ),
     'query': tokens[0],
     'key': tokens[1],
-    'extras': Extras(
-      operands(laid.scores, 0),
-      operands(laid.weights, 1),
-      None if laid.bias is None else layout.bias_block(plan, laid.bias),
-    ),
+    'extras': layout.extras_blocks(plan, laid, 'keys', lag=1),
   }
   place = lambda b, h, i, table: (b, h, i, 0)
   row = pl.BlockSpec((None, None, 1, sides.q), lambda b, h, i, *_: (b, h, 0, i))

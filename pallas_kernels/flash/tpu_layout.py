@@ -301,7 +301,18 @@ def token_blocks(plan, flow: str, lag=0):
   )
 
 
+def extras_blocks(plan, laid: Extras, flow: str, lag=0) -> Extras:
+  """Of what `lay_extras` has laid; those of weights are read so much later."""
+  own = lambda group, lag: tuple(
+    operand_blocks(plan, one, flow, lag) for one in group
+  )
+  bias = bias_block(plan, laid.bias)
+  return Extras(own(laid.scores, 0), own(laid.weights, lag), bias)
+
+
 def bias_block(plan, bias):
+  if bias is None:
+    return None
   index = lambda b, h, i, j: (*pick(bias, b, h), j, i)
   return Block((None, None, plan.tile.k, plan.tile.q), index, flows=True)
 
